@@ -1,0 +1,41 @@
+"""Computational pathology from slide to answer; public names, resolved when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "DataError": "pathcli.types",
+    "Features": "pathcli.types",
+    "Key": "pathcli.types",
+    "PathcliError": "pathcli.types",
+    "ResourceError": "pathcli.types",
+    "Store": "pathcli.store",
+    "TileSpec": "pathcli.types",
+    "TileStatus": "pathcli.types",
+    "Tiles": "pathcli.types",
+    "UsageError": "pathcli.types",
+    "build_encoder": "pathcli.encoders",
+    "demo": "pathcli.evals.demo",
+    "embed": "pathcli.encoders.embedding",
+    "open_slide": "pathcli.slides",
+    "tile": "pathcli.slides.tiling",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - the keys are strings
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public name
+    """Import a public name on first use."""
+    if name not in _PUBLIC:
+        msg = f"module 'pathcli' has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

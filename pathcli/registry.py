@@ -1,0 +1,70 @@
+"""A name in, the component's class or factory out: one literal table, plus entry points.
+
+A plug-in adds names through the entry-point group `pathcli.<kind>`; it may not take a
+built-in name. Nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from pathcli.types import UsageError
+
+BUILTIN: dict[str, dict[str, str]] = {
+    "encoder": {
+        "lite0": "pathcli.encoders.timm:Lite0",
+        "timm": "pathcli.encoders.timm:TimmEncoder",
+        "open_clip": "pathcli.encoders.clip:OpenClipEncoder",
+        "pathgen-clip": "pathcli.encoders.clip:PathGenClip",
+        "pathgen-clip-l": "pathcli.encoders.clip:PathGenClipL",
+        "pathgen-clip-l-hf": "pathcli.encoders.hf:PathGenClipLHF",
+        "hf": "pathcli.encoders.hf:HFClipEncoder",
+    },
+    "tissue": {
+        "otsu": "pathcli.slides.tissue:Otsu",
+        "hsv": "pathcli.slides.tissue:HSV",
+        "none": "pathcli.slides.tissue:Everything",
+    },
+    "reader": {
+        "openslide": "pathcli.slides.readers:OpenSlideReader",
+        "tiffslide": "pathcli.slides.readers:TiffSlideReader",
+        "image": "pathcli.slides.readers:ImageReader",
+    },
+}
+
+
+def did_you_mean(name: str, names: list[str]) -> str:
+    """Return a clause that suggests the nearest of `names`, or lists them all."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {near[0]!r}? (known: {', '.join(names)})"
+    return f"known: {', '.join(names)}"
+
+
+def names(kind: str) -> list[str]:
+    """Return the names of `kind`, built-in ones first, in table order."""
+    plugins = (point.name for point in entry_points(group=f"pathcli.{kind}"))
+    return list(dict.fromkeys([*BUILTIN[kind], *plugins]))
+
+
+def resolve(kind: str, name: str) -> Any:  # noqa: ANN401 - components share no base class
+    """Return the class or factory registered as `name`.
+
+    Raises:
+        UsageError: nobody registered `name`, or a plug-in claims a built-in name.
+    """
+    plugins = [p for p in entry_points(group=f"pathcli.{kind}") if p.name == name]
+    if name in BUILTIN[kind]:
+        if plugins:
+            owner = plugins[0].dist.name if plugins[0].dist else plugins[0].value
+            msg = f"plug-in {owner} may not replace the built-in {kind} {name!r}; uninstall it"
+            raise UsageError(msg)
+        module, _, attribute = BUILTIN[kind][name].partition(":")
+        return getattr(import_module(module), attribute)
+    if plugins:
+        return plugins[0].load()
+    msg = f"no {kind} is called {name!r}: {did_you_mean(name, names(kind))}"
+    raise UsageError(msg)
