@@ -1,0 +1,333 @@
+"""Tiles and features as HDF5: the layout on disk, written so that a kill loses one block.
+
+`features`, `coords` and `status` are contiguous, so a bag is one read and a row one seek.
+`features` is allocated before the encoder starts; rows are then written to their place in
+the file, past HDF5, and `block_crc32` is both the journal of a running job and the check
+of a finished one: a block counts when its checksum matches its bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zlib
+from typing import TYPE_CHECKING, Any, Self
+
+import h5py
+import numpy as np
+
+from pathcli import __version__
+from pathcli.store.files import disk_errors, part_path, publish, require_space, write_bytes
+from pathcli.types import DataError, Features, Key, Tiles, TileSpec, TileStatus
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FORMAT = 1
+BLOCK_ROWS = 128
+CREATOR = f"pathcli {__version__}"
+
+
+def _tile_attributes(tiles: Tiles) -> dict[str, Any]:
+    """Return what a reader of TRIDENT or CLAM files looks for on `coords`."""
+    power = 10.0 / tiles.slide_mpp
+    return {
+        "patch_size": tiles.spec.size_px,
+        "patch_size_level0": round(tiles.side0),
+        "level0_magnification": round(power),
+        "target_magnification": round(10.0 / tiles.spec.mpp),
+        "overlap": tiles.spec.size_px - tiles.spec.step_px,
+        "name": tiles.item,
+        "savetodir": "None",
+        "level0_width": tiles.width,
+        "level0_height": tiles.height,
+    }
+
+
+def _write_tile_part(file: h5py.File, tiles: Tiles) -> None:
+    file.attrs.update(
+        {
+            "format": FORMAT,
+            "creator": CREATOR,
+            "item": tiles.item,
+            "spec": json.dumps(tiles.spec.to_json(), sort_keys=True),
+            "slide_mpp": tiles.slide_mpp,
+            "width": tiles.width,
+            "height": tiles.height,
+            "tissue_share": tiles.tissue_share,
+            "warnings": json.dumps(tiles.warnings),
+        }
+    )
+    coords = file.create_dataset("coords", data=tiles.xy.astype(np.int32))
+    coords.attrs.update(_tile_attributes(tiles))
+    coords.attrs["crc32"] = zlib.crc32(np.ascontiguousarray(tiles.xy, np.int32).tobytes())
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        file = h5py.File(path, "r", locking=False)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        msg = f"{path}: damaged entry ({error}); run: pathcli store prune"
+        raise DataError(msg) from error
+    found = file.attrs.get("format", 0)
+    if not 1 <= found <= FORMAT:
+        file.close()
+        msg = f"{path}: store format {found}, this pathcli reads up to {FORMAT}; update pathcli"
+        raise DataError(msg)
+    return file
+
+
+def _read_tile_part(file: h5py.File, status: Any) -> Tiles:  # noqa: ANN401 - h5py is untyped
+    attrs = file.attrs
+    xy = file["coords"][:]
+    if zlib.crc32(xy.tobytes()) != file["coords"].attrs["crc32"]:
+        msg = f"{file.filename}: coords do not match their checksum; run: pathcli store prune"
+        raise DataError(msg)
+    return Tiles(
+        item=str(attrs["item"]),
+        xy=xy,
+        status=status,
+        spec=TileSpec.from_json(json.loads(attrs["spec"])),
+        slide_mpp=float(attrs["slide_mpp"]),
+        width=int(attrs["width"]),
+        height=int(attrs["height"]),
+        tissue_share=float(attrs["tissue_share"]),
+        warnings=tuple(json.loads(attrs["warnings"])),
+    )
+
+
+def write_tiles(path: Path, tiles: Tiles) -> None:
+    """Write a tiles entry whole or not at all."""
+    memory = io.BytesIO()
+    with h5py.File(memory, "w") as file:
+        _write_tile_part(file, tiles)
+        file.create_dataset("status", data=tiles.status.astype(np.uint8))
+    write_bytes(path, memory.getvalue(), read_tiles)
+
+
+def read_tiles(path: Path) -> Tiles:
+    """Read a tiles entry.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataError: it is damaged or of a newer format.
+    """
+    with _open(path) as file:
+        try:
+            return _read_tile_part(file, file["status"][:])
+        except (KeyError, OSError, ValueError) as error:
+            msg = f"{path}: damaged entry ({error}); run: pathcli store prune"
+            raise DataError(msg) from error
+
+
+def read_features(path: Path) -> Features:
+    """Read a features entry.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataError: it is damaged, unfinished or of a newer format.
+    """
+    with _open(path) as file:
+        try:
+            tiles = _read_tile_part(file, file["status"][:])
+            encoder, done = str(file.attrs["encoder"]), bool(np.all(file["block_crc32"][:]))
+            values = file["features"][:]
+        except (KeyError, OSError, ValueError) as error:
+            msg = f"{path}: damaged entry ({error}); run: pathcli store prune"
+            raise DataError(msg) from error
+    if not (done and len(values) == len(tiles.xy) == len(tiles.status)):
+        msg = f"{path}: damaged entry (unfinished blocks); run: pathcli store prune"
+        raise DataError(msg)
+    key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, encoder)
+    return Features(key, values, tiles.xy, tiles.status)
+
+
+def feature_shape(path: Path) -> tuple[tuple[int, ...], int]:
+    """Return the shape of one row and how many rows are unreadable.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataError: the entry is damaged.
+    """
+    with _open(path) as file:
+        try:
+            bad = int((file["status"][:] != TileStatus.OK).sum())
+            return tuple(file["features"].shape[1:]), bad
+        except (KeyError, OSError) as error:
+            msg = f"{path}: damaged entry ({error}); run: pathcli store prune"
+            raise DataError(msg) from error
+
+
+def verify_features(path: Path) -> Key:
+    """Check every block of a features entry against its checksum, in bounded memory.
+
+    NaN is accepted exactly in the rows that `status` calls unreadable.
+
+    Raises:
+        DataError: a block is damaged or was never written.
+    """
+    bad = 0
+    with _open(path) as file:
+        try:
+            tiles = _read_tile_part(file, file["status"][:])
+            blocks = _blocks(len(tiles))
+            for crc, rows in zip(file["block_crc32"][:], blocks, strict=True):
+                values, status = file["features"][rows], tiles.status[rows]
+                missing = np.isnan(values).any(axis=tuple(range(1, values.ndim)))
+                same = np.array_equal(missing, status != TileStatus.OK)
+                bad += not (crc == _crc(values, status) and same)
+            key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, str(file.attrs["encoder"]))
+        except (KeyError, OSError, ValueError) as error:
+            msg = f"{path}: damaged entry ({error}); run: pathcli store prune"
+            raise DataError(msg) from error
+    if bad:
+        msg = f"{path}: {bad} of {len(blocks)} blocks damaged; run: pathcli store prune"
+        raise DataError(msg)
+    return key
+
+
+def _blocks(n: int) -> list[slice]:
+    return [slice(i, min(i + BLOCK_ROWS, n)) for i in range(0, n, BLOCK_ROWS)]
+
+
+def _crc(values: Any, status: Any) -> int:  # noqa: ANN401 - arrays
+    """Return the checksum of a block, never 0: that is what an unwritten block says."""
+    return zlib.crc32(status.tobytes(), zlib.crc32(values.tobytes())) or 1
+
+
+def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> None:
+    """Create a contiguous dataset whose bytes exist, unwritten, from the start."""
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_layout(h5py.h5d.CONTIGUOUS)
+    plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plist.set_fill_time(
+        h5py.h5d.FILL_TIME_ALLOC if name != "features" else h5py.h5d.FILL_TIME_NEVER
+    )
+    kind = h5py.h5t.py_create(np.dtype(dtype), logical=True)
+    h5py.h5d.create(file.id, name.encode(), kind, h5py.h5s.create_simple(shape), plist)
+
+
+class FeatureWriter:
+    """Fill one features entry in place, from where the last run stopped.
+
+    Rows must be written in order; `resumed` is how many are already safe. Leaving the block
+    without an error publishes the entry; with an error the temporary stays to be resumed.
+    """
+
+    def __init__(self, path: Path, tiles: Tiles, encoder: str, row_shape: tuple[int, ...]) -> None:
+        """Open the temporary of `path`, or create it.
+
+        Raises:
+            ResourceError: the disk cannot hold the entry.
+        """
+        self.path, self.part = path, part_path(path)
+        self.n, self.row_shape = len(tiles), row_shape
+        self._tiles, self._encoder = tiles, encoder
+        self._filled = 0
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            done = self._resume()
+            if done is None:
+                self._create()
+            self.resumed = done or 0
+
+    def _create(self) -> None:
+        self.part.unlink(missing_ok=True)
+        size = int(np.prod((self.n, *self.row_shape))) * 2
+        require_space(self.path, size + 13 * self.n + 65536)
+        with h5py.File(self.part, "w", locking=False) as file:
+            _write_tile_part(file, self._tiles)
+            file.attrs["encoder"] = self._encoder
+            _allocate(file, "features", (self.n, *self.row_shape), "<f2")
+            _allocate(file, "status", (self.n,), "u1")
+            _allocate(file, "block_crc32", (len(_blocks(self.n)),), "<u4")
+            file["features"].attrs.update(
+                {"name": self._tiles.item, "savetodir": "None", "encoder": self._encoder}
+            )
+            self._locate(file)
+        if hasattr(os, "posix_fallocate"):
+            with self.part.open("r+b") as file_:
+                os.posix_fallocate(file_.fileno(), 0, self.part.stat().st_size)
+
+    def _locate(self, file: h5py.File) -> None:
+        names = ("features", "status", "block_crc32")
+        self._at = {name: int(file[name].id.get_offset()) for name in names}
+
+    def _resume(self) -> int | None:
+        """Return how many leading rows an earlier run left whole, or None to start afresh."""
+        try:
+            with _open(self.part) as file:
+                same = (
+                    file.attrs["encoder"] == self._encoder
+                    and file["features"].shape == (self.n, *self.row_shape)
+                    and np.array_equal(file["coords"][:], self._tiles.xy)
+                )
+                if not same:
+                    return None
+                journal = file["block_crc32"][:]
+                self._locate(file)
+                good = 0
+                for crc, rows in zip(journal, _blocks(self.n), strict=True):
+                    if not crc or crc != _crc(file["features"][rows], file["status"][rows]):
+                        break
+                    good = rows.stop
+                return good
+        except (DataError, FileNotFoundError, KeyError, OSError, ValueError):
+            return None
+
+    def __enter__(self) -> Self:
+        """Open the temporary for writing."""
+        self._file = self.part.open("r+b")
+        return self
+
+    def begin(self, row: int) -> None:
+        """Declare that writing starts at `row` (at most `resumed`)."""
+        block = row // BLOCK_ROWS
+        blank = bytes(4 * (len(_blocks(self.n)) - block))
+        self._put("block_crc32", 4 * block, blank)
+        self._filled = row
+
+    def write(self, values: Any, status: Any) -> None:  # noqa: ANN401 - arrays
+        """Append float16 rows [k, *row_shape] and their status uint8 [k].
+
+        Raises:
+            DataError: a value that float16 cannot hold.
+            ResourceError: the disk is full.
+        """
+        if not np.isfinite(values[status == TileStatus.OK]).all():
+            msg = f"{self.path.name}: the encoder gave values that are not finite in float16"
+            raise DataError(msg)
+        start, stop = self._filled, self._filled + len(values)
+        self._put("features", start * self._row_bytes, np.ascontiguousarray(values).tobytes())
+        self._put("status", start, np.ascontiguousarray(status, np.uint8).tobytes())
+        self._filled = stop
+        last = len(_blocks(self.n)) if stop == self.n else stop // BLOCK_ROWS
+        for i in range(start // BLOCK_ROWS, last):
+            self._put("block_crc32", 4 * i, self._block_crc(i).to_bytes(4, "little"))
+
+    @property
+    def _row_bytes(self) -> int:
+        return int(np.prod(self.row_shape)) * 2
+
+    def _put(self, name: str, offset: int, data: bytes) -> None:
+        with disk_errors(self.path):
+            self._file.seek(self._at[name] + offset)
+            self._file.write(data)
+            self._file.flush()
+
+    def _block_crc(self, block: int) -> int:
+        start = block * BLOCK_ROWS
+        count = min(BLOCK_ROWS, self.n - start)
+        self._file.seek(self._at["features"] + start * self._row_bytes)
+        crc = zlib.crc32(self._file.read(count * self._row_bytes))
+        self._file.seek(self._at["status"] + start)
+        return zlib.crc32(self._file.read(count), crc) or 1
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Publish the entry if nothing went wrong."""
+        self._file.close()
+        if kind is None:
+            publish(self.part, self.path, verify_features)

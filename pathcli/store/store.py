@@ -1,0 +1,203 @@
+"""The store itself: a folder whose mappings `tiles` and `features` every command shares."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+
+from pathcli.store.files import disk_errors, write_bytes
+from pathcli.store.hdf5 import FeatureWriter, feature_shape, read_features, read_tiles, write_tiles
+from pathcli.store.lease import lease
+from pathcli.types import DataError, Features, Key, ResourceError, SlideInfo, Tiles
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+log = logging.getLogger("pathcli")
+
+FORMAT = 1
+
+
+def default_root() -> Path:
+    """Return `$PATHCLI_STORE`, or the platform's user cache."""
+    return Path(
+        os.environ.get("PATHCLI_STORE") or platformdirs.user_cache_path("pathcli") / "store"
+    )
+
+
+@dataclass(frozen=True)
+class TileEntries(Mapping[Key, Tiles]):
+    """`tiles/<tiles-digest>/<item>@<mpp>.h5`."""
+
+    root: Path
+
+    def path(self, key: Key) -> Path:
+        """Return where the entry of `key` is, or would be."""
+        return self.root / "tiles" / key.tiles / f"{key.stem}.h5"
+
+    def __getitem__(self, key: Key) -> Tiles:
+        """Read one entry; KeyError when there is none, DataError when it is damaged."""
+        try:
+            return read_tiles(self.path(key))
+        except FileNotFoundError:
+            raise KeyError(key) from None
+
+    def __contains__(self, key: object) -> bool:
+        """Tell whether an entry was finished."""
+        return isinstance(key, Key) and self.path(key).is_file()
+
+    def __setitem__(self, key: Key, tiles: Tiles) -> None:
+        """Write one entry whole or not at all."""
+        path = self.path(key)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with lease(path):
+                write_tiles(path, tiles)
+
+    def __iter__(self) -> Iterator[Key]:
+        """Yield the keys of all finished entries."""
+        for path in sorted((self.root / "tiles").glob("*/*.h5")):
+            yield key_of(path)
+
+    def __len__(self) -> int:
+        """Count the finished entries."""
+        return sum(1 for _ in self)
+
+
+@dataclass(frozen=True)
+class FeatureEntries(Mapping[Key, Features]):
+    """`features/<encoder-id>/<tiles-digest>/<item>@<mpp>.h5`."""
+
+    root: Path
+
+    def path(self, key: Key) -> Path:
+        """Return where the entry of `key` is, or would be."""
+        return self.root / "features" / str(key.encoder) / key.tiles / f"{key.stem}.h5"
+
+    def __getitem__(self, key: Key) -> Features:
+        """Read one entry; KeyError when there is none, DataError when it is damaged."""
+        try:
+            return read_features(self.path(key))
+        except FileNotFoundError:
+            raise KeyError(key) from None
+
+    def __contains__(self, key: object) -> bool:
+        """Tell whether an entry was finished."""
+        return isinstance(key, Key) and self.path(key).is_file()
+
+    def __iter__(self) -> Iterator[Key]:
+        """Yield the keys of all finished entries."""
+        for path in sorted((self.root / "features").glob("*/*/*.h5")):
+            yield key_of(path)
+
+    def __len__(self) -> int:
+        """Count the finished entries."""
+        return sum(1 for _ in self)
+
+    def shape(self, key: Key) -> tuple[tuple[int, ...], int]:
+        """Return the shape of a row and the number of unreadable rows, reading no feature.
+
+        Raises:
+            KeyError: there is no such entry.
+            DataError: it is damaged.
+        """
+        try:
+            return feature_shape(self.path(key))
+        except FileNotFoundError:
+            raise KeyError(key) from None
+
+    def writer(self, tiles: Tiles, encoder: str, row_shape: tuple[int, ...]) -> FeatureWriter:
+        """Open an entry to be filled row by row; the caller holds `lock` meanwhile."""
+        key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, encoder)
+        return FeatureWriter(self.path(key), tiles, encoder, row_shape)
+
+    def lock(self, key: Key) -> AbstractContextManager[None]:
+        """Be the one writer of `key` for the length of a block (BusyError when taken)."""
+        path = self.path(key)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return lease(path)
+
+
+def key_of(path: Path) -> Key:
+    """Return the key that the place of an entry says, the inverse of the two `path` methods."""
+    item, _, mpp = path.name.removesuffix(".h5").rpartition("@")
+    encoder = path.parent.parent.name if path.parents[2].name == "features" else None
+    return Key(item, float(mpp), path.parent.name, encoder)
+
+
+class Store:
+    """A folder that keeps what was computed: `store.tiles[key]`, `store.features[key]`.
+
+    Every command shares it, so what one computed the next one finds.
+    """
+
+    def __init__(self, root: Path | str | None = None) -> None:
+        """Open the store at `root` (default: `$PATHCLI_STORE`, else the user's cache).
+
+        Raises:
+            DataError: the folder is not a store, or of a newer format.
+            ResourceError: it cannot be created or read.
+        """
+        self.root = Path(root).expanduser() if root else default_root()
+        self.tiles = TileEntries(self.root)
+        self.features = FeatureEntries(self.root)
+        self._open()
+
+    def _open(self) -> None:
+        marker = self.root / "store.json"
+        if self.root.exists() and not self.root.is_dir():
+            msg = f"{self.root}: a store is a folder, this is a file; give another --store"
+            raise DataError(msg)
+        try:
+            text = marker.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            if self.root.is_dir() and any(self.root.iterdir()):
+                msg = f"{self.root}: not a store, and not empty; give an empty folder as --store"
+                raise DataError(msg) from None
+            with disk_errors(marker):
+                self.root.mkdir(parents=True, exist_ok=True)
+            write_bytes(marker, json.dumps({"format": FORMAT}).encode() + b"\n", lambda _: None)
+            return
+        except OSError as error:
+            msg = f"{marker}: cannot be read ({error.strerror}); give another folder with --store"
+            raise ResourceError(msg) from error
+        try:
+            found = int(json.loads(text)["format"])
+        except (ValueError, KeyError, TypeError) as error:
+            msg = f'{marker}: damaged; if this is a pathcli store, write {{"format": 1}} into it'
+            raise DataError(msg) from error
+        if found > FORMAT:
+            msg = f"{self.root}: store format {found}, this pathcli reads {FORMAT}; update pathcli"
+            raise DataError(msg)
+
+    def remember(self, info: SlideInfo, path: Path | str, mpp: float, source: str) -> None:
+        """Keep a slide's card: geometry, the mpp used and its source, where it was last seen."""
+        card = asdict(info) | {"mpp_used": mpp, "mpp_source": source, "last_seen": str(path)}
+        text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
+        place = self.root / "slides" / f"{info.item}.json"
+        if not place.is_file() or place.read_text(encoding="utf-8") != text:
+            write_bytes(place, text.encode(), lambda part: json.loads(part.read_bytes()))
+
+    def slides(self) -> dict[str, dict[str, Any]]:
+        """Return the cards of all slides the store has seen, by item."""
+        cards = sorted((self.root / "slides").glob("*.json"))
+        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in cards}
+
+
+def item_name(stem: str, fingerprint: str) -> str:
+    """Return the item of a slide: its readable stem and 8 digits of its content.
+
+    >>> item_name("case 7/β", "6335ea0e6cc5")
+    'case_7_β-6335ea0e'
+    """
+    readable = re.sub(r"[^\w.+-]+", "_", stem).strip("._")[:60] or "slide"
+    return f"{readable}-{fingerprint[:8]}"
