@@ -1,0 +1,125 @@
+"""Files, folders, globs and CSV lists in, the slides they mean out.
+
+A DICOM series is one slide however many files it has, and an MRXS slide is its `.mrxs`
+file, also when the folder beside it is what was given.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from pathcli.slides.dicom import series_uid
+from pathcli.slides.readers import IMAGE_SUFFIXES
+from pathcli.types import DataError
+
+SLIDE_SUFFIXES = {
+    *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".zvi"),
+    *(".dcm", ".btf", ".svslide", ".czi"),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """One slide to work on, with the resolution a CSV gave for it (um per pixel)."""
+
+    path: Path | str
+    mpp: float | None = None
+
+
+def discover(inputs: list[str]) -> list[Found]:
+    """Return the slides that `inputs` mean, each once, in the order given.
+
+    A path that does not exist is returned as it is: opening it says so, and the rest of a
+    batch goes on.
+
+    Raises:
+        DataError: a folder or glob without slides, or a CSV that is not a slide list.
+    """
+    found: dict[str, Found] = {}
+    for text in inputs:
+        for slide in _expand(text):
+            found.setdefault(str(slide.path), slide)
+    return list(found.values())
+
+
+def _expand(text: str) -> list[Found]:
+    path = Path(text).expanduser()
+    if "://" in text:
+        return [Found(text)]
+    if path.is_dir():
+        return [Found(p) for p in _folder(path)]
+    if path.is_file():
+        return _csv(path) if path.suffix.lower() == ".csv" else [Found(_whole(path))]
+    if glob.has_magic(text):
+        matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - absolute too
+        if not matches:
+            msg = f"{text}: nothing matches"
+            raise DataError(msg)
+        return discover(matches)
+    return [Found(path)]
+
+
+def _whole(path: Path) -> Path:
+    """Return the file that stands for the slide `path` belongs to."""
+    if path.suffix.lower() != ".dcm":
+        return path
+    return _series([p for p in sorted(path.parent.iterdir()) if p.suffix.lower() == ".dcm"], path)
+
+
+def _series(files: list[Path], path: Path) -> Path:
+    uid = series_uid(path)
+    return next((p for p in files if series_uid(p) == uid), path) if uid else path
+
+
+def _folder(folder: Path) -> list[Path]:
+    mrxs = folder.with_suffix(".mrxs")
+    if mrxs.is_file() and (folder / "Slidedat.ini").is_file():
+        return [mrxs]
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    slides = [p for p in files if p.suffix.lower() in SLIDE_SUFFIXES and not _inside_mrxs(p)]
+    slides = slides or [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+    seen: set[tuple[Path, str]] = set()
+    whole = []
+    for path in slides:
+        uid = series_uid(path) if path.suffix.lower() == ".dcm" else None
+        if uid is None or (path.parent, uid) not in seen:
+            whole.append(path)
+        if uid is not None:
+            seen.add((path.parent, uid))
+    if not whole:
+        msg = f"{folder}: no slides in this folder ({len(files)} files)"
+        raise DataError(msg)
+    return whole
+
+
+def _inside_mrxs(path: Path) -> bool:
+    return path.parent.with_suffix(".mrxs").is_file()
+
+
+def _csv(path: Path) -> list[Found]:
+    """Read a list with the header `wsi[,mpp]`; paths are relative to the list."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
+    except (UnicodeDecodeError, csv.Error) as error:
+        msg = f"{path}: not a CSV file ({error})"
+        raise DataError(msg) from error
+    if not rows or "wsi" not in rows[0]:
+        msg = f"{path}: a slide list is a CSV with the header wsi or wsi,mpp and at least one row"
+        raise DataError(msg)
+    slides = []
+    for line, row in enumerate(rows, start=2):
+        if not row["wsi"]:
+            continue
+        try:
+            mpp = float(row["mpp"]) if row.get("mpp") else None
+        except ValueError:
+            msg = f"{path}, line {line}: mpp {row['mpp']!r} is not a number"
+            raise DataError(msg) from None
+        name = row["wsi"]
+        place = name if "://" in name else path.parent / Path(name).expanduser()
+        slides.append(Found(_whole(place) if isinstance(place, Path) else place, mpp))
+    return slides

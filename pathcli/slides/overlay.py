@@ -1,0 +1,138 @@
+"""Tiles, masks and cluster labels in, pictures out: overviews fit for a paper."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from pathcli.slides.geojson import polygons
+from pathcli.slides.tissue import overview
+from pathcli.store.files import disk_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from pathcli.slides.tissue import Tissue
+    from pathcli.types import ByteArray, Slide, Tiles
+
+LONG_SIDE = 1600
+CONTOUR = (0, 158, 115)
+GRID = (40, 40, 40)
+PALETTE = (
+    *((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167)),
+    *((86, 180, 233), (213, 94, 0), (240, 228, 66), (120, 94, 240)),
+)
+"""Colours that people with any colour vision tell apart (Okabe and Ito 2008, and one more)."""
+
+
+class Canvas:
+    """The scanned part of a slide as a picture, with level-0 coordinates to draw in."""
+
+    def __init__(self, slide: Slide, mpp: float, long_side: int = LONG_SIDE) -> None:
+        """Read the picture, `long_side` px long; `mpp` is um per level-0 px."""
+        x, y, w, h = slide.info.bounds
+        down = max(1.0, max(w, h) / long_side)
+        whole = overview(slide, down)
+        sx, sy = whole.shape[1] / slide.info.width, whole.shape[0] / slide.info.height
+        part = whole[round(y * sy) : round((y + h) * sy), round(x * sx) : round((x + w) * sx)]
+        grow = long_side / max(part.shape[:2])
+        self.pixels: ByteArray = part
+        if grow > 1:
+            size = (round(part.shape[1] * grow), round(part.shape[0] * grow))
+            self.pixels = cv2.resize(part, size, interpolation=cv2.INTER_CUBIC).astype(np.uint8)
+        self.origin = np.array([x, y], float)
+        self.per_px = w / self.pixels.shape[1]
+        self.um_per_px = self.per_px * mpp
+
+    def place(self, points: NDArray[Any]) -> NDArray[np.int32]:
+        """Return picture pixels [k, 2] of level-0 points [k, 2]."""
+        return np.asarray(np.rint((points - self.origin) / self.per_px), np.int32)
+
+    def boxes(self, tiles: Tiles, side_px: float | None = None) -> list[tuple[int, int, int, int]]:
+        """Return picture rectangles (x0, y0, x1, y1) of tiles, or of `side_px` level-0 px."""
+        side = tiles.side0 if side_px is None else side_px
+        low, high = self.place(tiles.xy), self.place(tiles.xy + side)
+        return [(int(a), int(b), int(c), int(d)) for (a, b), (c, d) in zip(low, high, strict=True)]
+
+    def contour(self, tissue: Tissue, thickness: int = 3) -> None:
+        """Draw the outline of the tissue."""
+        rings = [self.place(ring) for island in polygons(tissue) for ring in island]
+        cv2.polylines(self.pixels, rings, True, CONTOUR, thickness, cv2.LINE_AA)  # noqa: FBT003
+
+    def scale_bar(self) -> None:
+        """Draw a bar of a round length at the lower left."""
+        height, width = self.pixels.shape[:2]
+        length_um = _round_length(self.um_per_px * width / 5)
+        bar = round(length_um / self.um_per_px)
+        text = f"{length_um / 1000:g} mm"
+        image = Image.fromarray(self.pixels)
+        draw = ImageDraw.Draw(image)
+        font = ImageFont.load_default(size=max(14, height // 50))
+        left, base, thick = width // 40, height - height // 40, max(4, height // 250)
+        box = draw.textbbox((0, 0), text, font=font)
+        text_h = box[3] - box[1]
+        plate = (left - 10, base - thick - text_h - 22, left + max(bar, box[2]) + 10, base + 10)
+        draw.rectangle(plate, fill=(255, 255, 255))
+        draw.rectangle((left, base - thick, left + bar, base), fill=(0, 0, 0))
+        draw.text((left, base - thick - text_h - 14), text, fill=(0, 0, 0), font=font)
+        self.pixels = np.array(image)
+
+
+def _round_length(um: float) -> float:
+    """Return the largest of 1, 2, 5 times a power of ten that is at most `um`."""
+    power = 10 ** math.floor(math.log10(um))
+    return float(max(m * power for m in (1, 2, 5) if m * power <= um))
+
+
+def draw_tiles(slide: Slide, tiles: Tiles, tissue: Tissue) -> ByteArray:
+    """Return an overview: the scan, what is left out paled, tissue outline, tiles, scale bar."""
+    canvas = Canvas(slide, tiles.slide_mpp)
+    kept = np.zeros(canvas.pixels.shape[:2], bool)
+    boxes = canvas.boxes(tiles)
+    for x0, y0, x1, y1 in boxes:
+        kept[y0:y1, x0:x1] = True
+    pale = (canvas.pixels.astype(np.uint16) + 2 * 255) // 3
+    canvas.pixels = np.where(kept[..., None], canvas.pixels, pale.astype(np.uint8))
+    canvas.pixels = np.ascontiguousarray(canvas.pixels)
+    for x0, y0, x1, y1 in boxes:
+        cv2.rectangle(canvas.pixels, (x0, y0), (x1, y1), GRID, 1)
+    canvas.contour(tissue)
+    canvas.scale_bar()
+    return canvas.pixels
+
+
+def draw_labels(
+    slide: Slide, tiles: Tiles, labels: Sequence[int], tissue: Tissue, strength: float = 0.55
+) -> ByteArray:
+    """Return the scan with each tile's middle cell tinted by its label (`PALETTE`)."""
+    canvas = Canvas(slide, tiles.slide_mpp)
+    step = tiles.side0 * tiles.spec.step_px / tiles.spec.size_px
+    inset = (tiles.side0 - step) / 2
+    tint = canvas.pixels.astype(np.float32)
+    low, high = canvas.place(tiles.xy + inset), canvas.place(tiles.xy + inset + step)
+    for (x0, y0), (x1, y1), label in zip(low, high, labels, strict=True):
+        colour = np.array(PALETTE[label % len(PALETTE)], np.float32)
+        cell = tint[y0:y1, x0:x1]
+        cell[:] = cell * (1 - strength) + colour * strength
+    canvas.pixels = np.rint(tint).astype(np.uint8)
+    canvas.contour(tissue, thickness=2)
+    canvas.scale_bar()
+    return canvas.pixels
+
+
+def save_png(path: Path, pixels: ByteArray) -> None:
+    """Write uint8 RGB [h, w, 3] as PNG, making the folder.
+
+    Raises:
+        ResourceError: the disk is full, or the folder may not be written.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, optimize=False, compress_level=4)

@@ -1,0 +1,341 @@
+"""A path in, a `Slide` out: OpenSlide first, then tiffslide, then plain images.
+
+Nothing but pixels of the scan, its resolution, vendor, objective and dimensions is read
+from a file: labels, macro images and header text can name a patient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import threading
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+from pathcli.registry import resolve
+from pathcli.slides.dicom import is_ycbcr_named_rgb
+from pathcli.store.store import item_name
+from pathcli.types import MPP_RANGE, DataError, Slide, SlideInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pathcli.types import ByteArray
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp"}
+TIFF_SUFFIXES = {".tif", ".tiff", ".btf", ".tf8", ".svs"}
+_BLOCKS, _BLOCK_BYTES = 64, 4096
+
+
+def open_slide(path: Path | str, reader: str = "auto") -> Slide:
+    """Open a slide with the named reader, or with the first that understands it.
+
+    Raises:
+        DataError: it is not there, empty, or no reader understands it.
+    """
+    remote = "://" in str(path)
+    if not remote:
+        path = Path(path)
+        _require_content(path)
+    if reader != "auto":
+        opened: Slide = resolve("reader", reader)(path)
+        return opened
+    failures: list[str] = []
+    for name in _candidates(path, remote=remote):
+        try:
+            found: Slide = resolve("reader", name)(path)
+        except DataError as error:
+            failures.append(str(error).removeprefix(f"{path}: "))
+        else:
+            return found
+    msg = f"{path}: not a slide that can be read ({'; '.join(failures)})"
+    raise DataError(msg)
+
+
+def _require_content(path: Path) -> None:
+    if not path.exists():
+        msg = f"{path}: no such file"
+        raise DataError(msg)
+    if path.is_file() and path.stat().st_size == 0:
+        msg = f"{path}: empty file (0 bytes)"
+        raise DataError(msg)
+
+
+def _candidates(path: Path | str, *, remote: bool) -> list[str]:
+    name = str(path).lower()
+    suffix = Path(name).suffix
+    if remote or name.endswith((".ome.tif", ".ome.tiff")):
+        return ["tiffslide"]
+    if suffix in IMAGE_SUFFIXES:
+        return ["image"]
+    if suffix in TIFF_SUFFIXES:
+        return ["openslide", "tiffslide", "image"]
+    return ["openslide"]
+
+
+def _number(properties: Mapping[str, Any], name: str) -> float | None:
+    try:
+        value = float(properties[name])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _mpp(properties: Mapping[str, Any], prefix: str) -> float | None:
+    """Return the header's resolution as the mean of both axes, or None."""
+    x, y = (_number(properties, f"{prefix}.mpp-{axis}") for axis in "xy")
+    return (x + y) / 2 if x and y else None
+
+
+def sampled_fingerprint(path: Path | str) -> str:
+    """Return the digest of a file's size and 64 blocks spread over it, as hex."""
+    import fsspec  # noqa: PLC0415
+
+    with fsspec.open(str(path), "rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        state = hashlib.sha256(str(size).encode())
+        for i in range(_BLOCKS):
+            file.seek(max(0, size - _BLOCK_BYTES) * i // (_BLOCKS - 1))
+            state.update(file.read(_BLOCK_BYTES))
+    return state.hexdigest()
+
+
+def _stem(path: Path | str, vendor: str) -> str:
+    """Return the readable name of a slide; a DICOM slide is named after its folder."""
+    name = Path(str(path)).resolve().parent.name if vendor == "dicom" else Path(str(path)).name
+    for ending in (".ome.tif", ".ome.tiff"):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return name if vendor == "dicom" else Path(name).stem
+
+
+def _info(path: Path | str, fingerprint: str, vendor: str, reader: str, **known: Any) -> SlideInfo:  # noqa: ANN401
+    item = item_name(_stem(path, vendor), fingerprint)
+    return SlideInfo(item=item, fingerprint=fingerprint, vendor=vendor, reader=reader, **known)
+
+
+class OpenSlideReader:
+    """SVS, NDPI, MRXS, DICOM, SCN, BIF, VMS, ZVI, Philips, Ventana and generic tiled TIFF."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Open `path`.
+
+        Raises:
+            DataError: OpenSlide does not understand it.
+        """
+        import openslide  # noqa: PLC0415
+
+        self.path = path
+        self._openslide = openslide
+        self._lock = threading.Lock()
+        self._handle = self._open()
+        handle = self._handle
+        properties = handle.properties
+        width, height = handle.dimensions
+        vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
+        quick = properties.get(openslide.PROPERTY_NAME_QUICKHASH1)
+        box = [_bound(properties, name) for name in ("x", "y", "width", "height")]
+        self.downsamples = tuple(handle.level_downsamples)
+        self.info = _info(
+            path,
+            quick or sampled_fingerprint(path),
+            vendor,
+            "openslide",
+            width=width,
+            height=height,
+            mpp=_mpp(properties, "openslide"),
+            objective=_number(properties, openslide.PROPERTY_NAME_OBJECTIVE_POWER),
+            bounds=(box[0] or 0, box[1] or 0, box[2] or width, box[3] or height),
+        )
+        colour = properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "FFFFFF")
+        self._background = np.array(list(bytes.fromhex(colour)), np.uint16)
+        self._ycbcr = vendor == "dicom" and is_ycbcr_named_rgb(path)
+
+    def _open(self) -> Any:  # noqa: ANN401 - openslide is untyped
+        try:
+            return self._openslide.OpenSlide(str(self.path))
+        except self._openslide.OpenSlideError as error:
+            msg = f"{self.path}: OpenSlide: {error}"
+            raise DataError(msg) from error
+
+    def read(self, xy: tuple[int, int], level: int, size: tuple[int, int]) -> ByteArray:
+        """Return uint8 RGB [h, w, 3]; see `Slide.read`. A handle that failed is reopened once."""
+        handle = self._handle
+        try:
+            rgba = np.asarray(handle.read_region(xy, level, size))
+        except self._openslide.OpenSlideError:
+            rgba = np.asarray(self._retry(handle, xy, level, size))
+        rgb, alpha = rgba[..., :3], rgba[..., 3:]
+        if self._ycbcr:
+            rgb = cv2.cvtColor(np.ascontiguousarray(rgb[..., [0, 2, 1]]), cv2.COLOR_YCrCb2RGB)
+        if alpha.min() == 255:  # noqa: PLR2004 - fully inside the scan
+            return np.ascontiguousarray(rgb, np.uint8)
+        mixed = rgb * (alpha / 255) + self._background * (1 - alpha / 255)
+        return np.asarray(np.rint(mixed), np.uint8)
+
+    def _retry(self, failed: Any, xy: tuple[int, int], level: int, size: tuple[int, int]) -> Any:  # noqa: ANN401
+        """Read again through a fresh handle: one error makes a handle useless for ever."""
+        with self._lock:
+            if not Path(self.path).exists():
+                msg = f"{self.path}: the file is gone"
+                raise DataError(msg)
+            if self._handle is failed:
+                self._handle = self._open()
+            fresh = self._handle
+        try:
+            return fresh.read_region(xy, level, size)
+        except self._openslide.OpenSlideError as error:
+            msg = f"{self.path}: region {xy} of level {level} cannot be decoded ({error})"
+            raise DataError(msg) from error
+
+    def close(self) -> None:
+        """Release the file."""
+        self._handle.close()
+
+
+def _bound(properties: Mapping[str, Any], name: str) -> int | None:
+    value = _number(properties, f"openslide.bounds-{name}")
+    return None if value is None else int(value)
+
+
+class TiffSlideReader:
+    """OME-TIFF, TIFF that OpenSlide refuses, and remote TIFF (any fsspec address)."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Open `path`, a local path or an address such as https:// or s3://.
+
+        Raises:
+            DataError: it is not an RGB TIFF.
+        """
+        import tiffslide  # noqa: PLC0415
+
+        self.path = path
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                handle = tiffslide.TiffSlide(str(path))
+                width, height = handle.dimensions
+                probe = handle.read_region((0, 0), 0, (1, 1), as_array=True)
+        except Exception as error:  # tifffile raises what the bytes provoke
+            msg = f"{path}: tiffslide: {_one_line(error)}"
+            raise DataError(msg) from error
+        if probe.shape != (1, 1, 3) or probe.dtype != np.uint8:
+            msg = f"{path}: tiffslide: not 8-bit RGB (a pixel is {probe.dtype} {probe.shape[2:]})"
+            raise DataError(msg)
+        self._handle = handle
+        self.downsamples = tuple(float(d) for d in handle.level_downsamples)
+        self.info = _info(
+            path,
+            sampled_fingerprint(path),
+            str(handle.properties.get("tiffslide.vendor") or "tiff"),
+            "tiffslide",
+            width=int(width),
+            height=int(height),
+            mpp=_mpp(handle.properties, "tiffslide"),
+            objective=_number(handle.properties, "tiffslide.objective-power"),
+            bounds=(0, 0, int(width), int(height)),
+        )
+
+    def read(self, xy: tuple[int, int], level: int, size: tuple[int, int]) -> ByteArray:
+        """Return uint8 RGB [h, w, 3]; see `Slide.read`."""
+        try:
+            region = self._handle.read_region(xy, level, size, as_array=True)
+        except Exception as error:  # codecs raise what the bytes provoke
+            msg = (
+                f"{self.path}: region {xy} of level {level} cannot be decoded ({_one_line(error)})"
+            )
+            raise DataError(msg) from error
+        return np.ascontiguousarray(region)
+
+    def close(self) -> None:
+        """Release the file."""
+        self._handle.close()
+
+
+class ImageReader:
+    """PNG, JPEG, BMP or simple TIFF as a slide of one level; its mpp must be given."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Read the whole image.
+
+        Raises:
+            DataError: it is not an 8-bit image, or too large to be read at once.
+        """
+        from PIL import Image, UnidentifiedImageError  # noqa: PLC0415
+
+        self.path = path
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(path) as image:
+                    if image.mode not in {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}:
+                        msg = f"{path}: not an 8-bit image (mode {image.mode})"
+                        raise DataError(msg)
+                    flat = Image.new("RGBA", image.size, "white")
+                    flat.alpha_composite(image.convert("RGBA"))
+                    self._pixels = np.asarray(flat.convert("RGB"))
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            msg = f"{path}: too large for a plain image; convert it to a tiled pyramidal TIFF"
+            raise DataError(msg) from error
+        except UnidentifiedImageError as error:
+            msg = f"{path}: not an image"
+            raise DataError(msg) from error
+        except (OSError, SyntaxError, ValueError) as error:
+            msg = f"{path}: not a whole image ({_one_line(error)})"
+            raise DataError(msg) from error
+        height, width = self._pixels.shape[:2]
+        self.downsamples = (1.0,)
+        self.info = _info(
+            path,
+            sampled_fingerprint(path),
+            "image",
+            "image",
+            width=width,
+            height=height,
+            mpp=None,
+            objective=None,
+            bounds=(0, 0, width, height),
+        )
+
+    def read(self, xy: tuple[int, int], level: int, size: tuple[int, int]) -> ByteArray:
+        """Return uint8 RGB [h, w, 3]; see `Slide.read`."""
+        del level
+        (x, y), (w, h) = xy, size
+        return self._pixels[y : y + h, x : x + w]
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _one_line(error: Exception) -> str:
+    """Return the type and first words of a foreign error; never its bulk."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:80]}" if lines else type(error).__name__
+
+
+def slide_mpp(slide: Slide, given: float | None = None) -> float:
+    """Return micrometres per level-0 pixel: the given value, else the header's.
+
+    Rounded to six digits, the precision of the store's keys.
+
+    Raises:
+        DataError: there is none, or it is outside what a scan can have.
+    """
+    value = given if given is not None else slide.info.mpp
+    name = str(slide.path)
+    if value is None:
+        msg = f"{name}: the file does not say its resolution; give it: --slide-mpp 0.25"
+        raise DataError(msg)
+    if not MPP_RANGE[0] <= value <= MPP_RANGE[1]:
+        source = "given" if given is not None else "in its header"
+        msg = (
+            f"{name}: the resolution {source} is {value:.4g} um per pixel, outside "
+            f"{MPP_RANGE[0]:g}-{MPP_RANGE[1]:g}; give the right one: --slide-mpp 0.25"
+        )
+        raise DataError(msg)
+    return float(f"{value:.6g}")

@@ -1,0 +1,296 @@
+"""A slide and a `TileSpec` in, tiles out: the grid, the tissue rule, and each tile's pixels."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from pathcli.slides.geojson import write_geojson
+from pathcli.slides.overlay import draw_tiles, save_png
+from pathcli.slides.readers import open_slide, slide_mpp
+from pathcli.slides.tissue import Tissue, best_level, find_tissue, method, parameters_of
+from pathcli.store import Store
+from pathcli.types import Tiles, TileSpec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from pathcli.types import ByteArray, Slide
+
+log = logging.getLogger("pathcli")
+
+_COARSE = 1.05  # a slide this much coarser than asked is upsampled visibly
+_SUSPICIOUS = 0.98  # tissue share at which a coloured background is likelier than tissue
+
+
+def tile_spec(
+    size_px: int = 224,
+    mpp: float = 0.5,
+    *,
+    step_px: int | None = None,
+    tissue: str = "otsu",
+    min_tissue: float = 0.5,
+    **parameters: float,
+) -> TileSpec:
+    """Return a complete specification: defaults filled in, the tissue method's included.
+
+    Raises:
+        UsageError: an unknown method, or numbers that cannot be tiled.
+    """
+    built = method(tissue, **parameters)
+    return TileSpec(
+        size_px=size_px,
+        mpp=mpp,
+        step_px=step_px or size_px,
+        tissue=tissue,
+        tissue_params=parameters_of(built),
+        tissue_version=built.version,
+        min_tissue=min_tissue,
+    )
+
+
+@dataclass(frozen=True)
+class TileRun:
+    """What `tile` did for one slide; `cached` says that the store already had the tiles."""
+
+    path: str
+    tiles: Tiles
+    mpp_source: str
+    reader: str
+    cached: bool
+    seconds: float
+    overview: Path | None = None
+    geojson: Path | None = None
+    warnings: tuple[str, ...] = field(default=())
+
+
+def tile(
+    path: Path | str,
+    *,
+    spec: TileSpec | None = None,
+    store: Store | None = None,
+    mpp: float | None = None,
+    mpp_source: str = "given",
+    out: Path | None = None,
+    overview: bool = True,
+    geojson: bool = False,
+) -> TileRun:
+    """Cut one slide into tiles, or find them in the store.
+
+    Args:
+        path: the slide.
+        spec: what to cut (default: 224 px at 0.5 um per pixel on Otsu's tissue).
+        store: where tiles are kept (default: the user's store).
+        mpp: um per level-0 pixel, overriding the header.
+        mpp_source: who gave `mpp`, for the summary.
+        out: folder for pictures; none are drawn without it.
+        overview: draw scan, tissue and tiles as PNG.
+        geojson: write the tissue for QuPath.
+
+    Raises:
+        DataError: not a slide, or no usable resolution.
+        ResourceError: the store cannot be written.
+    """
+    slide = open_slide(path)
+    try:
+        return tile_slide(
+            slide,
+            spec or tile_spec(),
+            store or Store(),
+            mpp=mpp,
+            mpp_source=mpp_source,
+            out=out,
+            overview=overview,
+            geojson=geojson,
+        )
+    finally:
+        slide.close()
+
+
+def tile_slide(
+    slide: Slide,
+    spec: TileSpec,
+    store: Store,
+    *,
+    mpp: float | None = None,
+    mpp_source: str = "given",
+    out: Path | None = None,
+    overview: bool = True,
+    geojson: bool = False,
+) -> TileRun:
+    """Do what `tile` does, for a slide that is already open."""
+    start = time.perf_counter()
+    source = mpp_source if mpp is not None else "header"
+    used = slide_mpp(slide, mpp)
+    empty = _tiles(slide, spec, used, np.zeros((0, 2), np.int32))
+    cached = empty.key in store.tiles
+    tissue = None
+    if cached:
+        tiles = store.tiles[empty.key]
+    else:
+        tissue = find_tissue(slide, spec, used)
+        tiles = _cut(slide, spec, used, tissue)
+        store.tiles[tiles.key] = tiles
+    store.remember(slide.info, slide.path, used, source)
+    pictures: dict[str, Path] = {}
+    if out is not None and (overview or geojson):
+        tissue = tissue or find_tissue(slide, spec, used)
+        pictures = _draw(slide, tiles, tissue, out, overview=overview, geojson=geojson)
+    return TileRun(
+        path=str(slide.path),
+        tiles=tiles,
+        mpp_source=source,
+        reader=slide.info.reader,
+        cached=cached,
+        seconds=time.perf_counter() - start,
+        warnings=tiles.warnings,
+        **pictures,
+    )
+
+
+def _draw(
+    slide: Slide, tiles: Tiles, tissue: Tissue, out: Path, *, overview: bool, geojson: bool
+) -> dict[str, Path]:
+    """Write the pictures asked for; return their paths by name."""
+    written = {}
+    if overview:
+        written["overview"] = out / f"{tiles.item}.overview.png"
+        save_png(written["overview"], draw_tiles(slide, tiles, tissue))
+    if geojson:
+        written["geojson"] = out / f"{tiles.item}.tissue.geojson"
+        write_geojson(written["geojson"], tissue, slide.info.bounds)
+    return written
+
+
+def _tiles(
+    slide: Slide,
+    spec: TileSpec,
+    mpp: float,
+    xy: NDArray[np.int32],
+    *,
+    share: float = 0.0,
+    warnings: tuple[str, ...] = (),
+) -> Tiles:
+    return Tiles(
+        item=slide.info.item,
+        xy=xy,
+        status=np.zeros(len(xy), np.uint8),
+        spec=spec,
+        slide_mpp=mpp,
+        width=slide.info.width,
+        height=slide.info.height,
+        tissue_share=share,
+        warnings=warnings,
+    )
+
+
+def _cut(slide: Slide, spec: TileSpec, mpp: float, tissue: Tissue) -> Tiles:
+    """Lay the grid over the scan and keep the tiles with enough tissue."""
+    side0 = spec.size_um / mpp
+    candidates = grid(spec, mpp, slide.info.bounds)
+    share = tissue.share(slide.info.bounds)
+    warnings = list(tissue.warnings)
+    if mpp > spec.mpp * _COARSE:
+        warnings.append(
+            f"the slide has {mpp:g} um per pixel, coarser than the {spec.mpp:g} asked for: "
+            "its tiles are upsampled"
+        )
+    if spec.tissue != "none" and share > _SUSPICIOUS:
+        warnings.append(f"{share:.0%} of the scan counts as tissue: look at the overview")
+    xy = candidates
+    if len(candidates):
+        fraction = tissue.fraction(candidates, (side0, side0))
+        xy = candidates[(fraction >= spec.min_tissue) & (fraction > 0)]
+    if not len(xy) and not tissue.warnings:
+        warnings.append(_why_no_tile(spec, mpp, slide, share, len(candidates)))
+    return _tiles(slide, spec, mpp, xy, share=share, warnings=tuple(warnings))
+
+
+def grid(spec: TileSpec, mpp: float, bounds: tuple[int, int, int, int]) -> NDArray[np.int32]:
+    """Return the corners int32 [n, 2] (level-0 px) of all tiles inside `bounds`, by (y, x).
+
+    Corner k is round(k * step_px * spec.mpp / mpp); a tile that crosses the border of
+    `bounds` (x, y, width, height) is left out.
+    """
+    side0, step0 = spec.size_um / mpp, spec.step_px * spec.mpp / mpp
+    axes = []
+    for start, length in zip(bounds[:2], bounds[2:], strict=True):
+        k = np.arange(math.floor(start / step0), math.ceil((start + length) / step0) + 1)
+        corner = np.floor(k * step0 + 0.5)
+        inside = (corner >= start) & (corner + side0 <= start + length + 1e-6)
+        axes.append(corner[inside].astype(np.int32))
+    x, y = np.meshgrid(*axes)
+    return np.stack([x.ravel(), y.ravel()], axis=1)
+
+
+def _why_no_tile(spec: TileSpec, mpp: float, slide: Slide, share: float, candidates: int) -> str:
+    _, _, width, height = slide.info.bounds
+    if not candidates:
+        return (
+            f"no tile: the scan is {width * mpp:.0f} x {height * mpp:.0f} um, a tile needs "
+            f"{spec.size_um:.0f} um a side; try a smaller --size or --mpp"
+        )
+    return (
+        f"no tile: {share:.1%} of the scan is tissue and no tile reaches the "
+        f"{spec.min_tissue:.0%} asked for; try --min-tissue 0.1, another --tissue method, or "
+        "--tissue none"
+    )
+
+
+def read_tile(slide: Slide, xy: tuple[int, int], spec: TileSpec, mpp: float) -> ByteArray:
+    """Return the pixels of one tile, uint8 RGB [size_px, size_px, 3].
+
+    The tile covers `spec.size_um` micrometres exactly: the best level is read and resampled
+    (bicubic, antialiased) from a window whose sides need not be whole pixels.
+
+    Raises:
+        DataError: the region cannot be decoded.
+    """
+    level = best_level(slide, spec.mpp / mpp)
+    step = slide.downsamples[level]
+    side = spec.size_um / mpp / step
+    need = math.ceil(side - 1e-6)
+    available = [
+        max(1, min(need, round((limit - at) / step)))
+        for limit, at in zip((slide.info.width, slide.info.height), xy, strict=True)
+    ]
+    pixels = slide.read(xy, level, (available[0], available[1]))
+    short = (need - available[0], need - available[1])
+    if any(short):  # the window ends up to one pixel beyond the last row or column
+        pixels = np.pad(pixels, ((0, short[1]), (0, short[0]), (0, 0)), mode="edge")
+    if abs(side - spec.size_px) < 1e-6:  # noqa: PLR2004 - no resampling needed
+        return np.ascontiguousarray(pixels)
+    image = Image.fromarray(pixels).resize(
+        (spec.size_px, spec.size_px), Image.Resampling.BICUBIC, box=(0, 0, side, side)
+    )
+    return np.array(image)
+
+
+def summary(run: TileRun) -> dict[str, Any]:
+    """Return one run as plain JSON values, for `--json` and reports."""
+    tiles = run.tiles
+    return {
+        "path": run.path,
+        "item": tiles.item,
+        "width": tiles.width,
+        "height": tiles.height,
+        "mpp": tiles.slide_mpp,
+        "mpp_source": run.mpp_source,
+        "reader": run.reader,
+        "tissue_share": round(tiles.tissue_share, 4),
+        "tiles": len(tiles),
+        "tiles_digest": tiles.spec.digest,
+        "cached": run.cached,
+        "seconds": round(run.seconds, 3),
+        "overview": str(run.overview) if run.overview else None,
+        "geojson": str(run.geojson) if run.geojson else None,
+        "warnings": list(run.warnings),
+    }

@@ -1,0 +1,257 @@
+"""A slide in, a mask of its tissue out, at a few micrometres per pixel.
+
+Each method is a class whose keyword arguments are the parameters a `TileSpec` records;
+`version` changes when the same parameters would give another mask.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import cv2
+import numpy as np
+
+from pathcli.registry import resolve
+from pathcli.types import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pathcli.types import ByteArray, Slide, TileSpec
+
+_READ_PX = 64_000_000  # pixels of a level read at once; larger levels are read in stripes
+DARK_BACKGROUND = (
+    "no tile: the background is black, as in fluorescence, and tissue rules for stained slides "
+    "do not apply; --tissue none takes the whole scan"
+)
+
+
+class TissueMethod(Protocol):
+    """RGB thumbnail in, boolean mask out."""
+
+    version: ClassVar[int]
+    mask_mpp: float
+
+    def mask(self, thumbnail: ByteArray, um_per_px: float) -> NDArray[np.bool_]:
+        """Return bool [h, w] for uint8 RGB [h, w, 3] at `um_per_px`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """Where the tissue is: `mask` bool [h, w] over the whole level 0, `scale` level-0 px a cell.
+
+    `thumbnail` is the uint8 RGB picture the mask was made from (same size).
+    """
+
+    mask: NDArray[np.bool_]
+    thumbnail: ByteArray
+    scale: tuple[float, float]
+    warnings: tuple[str, ...] = ()
+
+    def share(self, bounds: tuple[int, int, int, int]) -> float:
+        """Return the share of the scanned area (`bounds`, level-0 px) that is tissue."""
+        x, y, w, h = bounds
+        fractions = self.fraction(np.array([[x, y]]), (w, h))
+        return float(fractions[0])
+
+    def fraction(self, xy: NDArray[Any], size: tuple[float, float]) -> NDArray[np.float64]:
+        """Return the tissue share [n] of rectangles `size` (w, h) at `xy` [n, 2], level-0 px.
+
+        Areas are exact: a mask cell that a rectangle cuts counts by the part inside.
+        """
+        height, width = self.mask.shape
+        table = np.zeros((height + 1, width + 1))
+        table[1:, 1:] = self.mask.cumsum(0).cumsum(1)
+        x0, y0 = xy[:, 0] / self.scale[0], xy[:, 1] / self.scale[1]
+        x1, y1 = x0 + size[0] / self.scale[0], y0 + size[1] / self.scale[1]
+        inside = (
+            _integral(table, x1, y1)
+            - _integral(table, x0, y1)
+            - _integral(table, x1, y0)
+            + _integral(table, x0, y0)
+        )
+        area = size[0] * size[1] / (self.scale[0] * self.scale[1])
+        return np.asarray(np.clip(inside / area, 0.0, 1.0))
+
+
+def _integral(table: NDArray[Any], x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+    """Read a summed-area table at fractional places, bilinearly."""
+    x = np.clip(x, 0, table.shape[1] - 1)
+    y = np.clip(y, 0, table.shape[0] - 1)
+    i, j = (
+        np.minimum(y.astype(int), table.shape[0] - 2),
+        np.minimum(x.astype(int), table.shape[1] - 2),
+    )
+    v, u = y - i, x - j
+    return np.asarray(
+        table[i, j] * (1 - u) * (1 - v)
+        + table[i, j + 1] * u * (1 - v)
+        + table[i + 1, j] * (1 - u) * v
+        + table[i + 1, j + 1] * u * v
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Otsu:
+    """Otsu's threshold on chroma (largest minus smallest channel), within sane limits.
+
+    Chroma is near zero for white, grey and black alike, so dust, shadows and black borders
+    are not tissue. The limits keep a slide full of tissue, or without any, from being split
+    at its noise. `blur_um` is the standard deviation of a Gaussian, taken before the colours
+    are compared, so that a pyramid made without averaging gives the same mask.
+    """
+
+    version: ClassVar[int] = 1
+    mask_mpp: float = 4.0
+    blur_um: float = 8.0
+    lowest: int = 10
+    highest: int = 17
+    close_um: float = 24.0
+    min_area_mm2: float = 0.01
+    min_hole_mm2: float = 0.005
+
+    def mask(self, thumbnail: ByteArray, um_per_px: float) -> NDArray[np.bool_]:
+        """Return bool [h, w]; see `TissueMethod.mask`."""
+        smooth = cv2.GaussianBlur(thumbnail, (0, 0), max(0.3, self.blur_um / um_per_px))
+        chroma = smooth.max(axis=2) - smooth.min(axis=2)
+        level, _ = cv2.threshold(chroma, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+        found = chroma > min(max(level, self.lowest), self.highest)
+        return _tidy(found, um_per_px, self.close_um, self.min_area_mm2, self.min_hole_mm2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HSV:
+    """CLAM's recipe: median-blurred saturation over a fixed threshold, then closing.
+
+    `sthresh`, `mthresh` and `close` are CLAM's defaults (pixels of the mask); small islands
+    and holes are dropped by physical area instead of by patches.
+    """
+
+    version: ClassVar[int] = 1
+    mask_mpp: float = 8.0
+    sthresh: int = 8
+    mthresh: int = 7
+    close: int = 4
+    min_area_mm2: float = 0.01
+    min_hole_mm2: float = 0.005
+
+    def mask(self, thumbnail: ByteArray, um_per_px: float) -> NDArray[np.bool_]:
+        """Return bool [h, w]; see `TissueMethod.mask`."""
+        saturation = np.ascontiguousarray(cv2.cvtColor(thumbnail, cv2.COLOR_RGB2HSV)[..., 1])
+        found = cv2.medianBlur(saturation, _odd(self.mthresh)) > self.sthresh
+        closing = self.close * um_per_px
+        return _tidy(found, um_per_px, closing, self.min_area_mm2, self.min_hole_mm2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Everything:
+    """No tissue rule: the whole scan counts."""
+
+    version: ClassVar[int] = 1
+    mask_mpp: float = 16.0
+
+    def mask(self, thumbnail: ByteArray, um_per_px: float) -> NDArray[np.bool_]:
+        """Return bool [h, w], all true."""
+        del um_per_px
+        return np.ones(thumbnail.shape[:2], bool)
+
+
+def _odd(px: float) -> int:
+    """Return the nearest odd kernel size, at least 1, at most what OpenCV's median takes."""
+    return min(2 * int(px / 2) + 1, 255)
+
+
+def _tidy(
+    found: NDArray[np.bool_], um_per_px: float, close_um: float, area_mm2: float, hole_mm2: float
+) -> NDArray[np.bool_]:
+    """Close gaps, drop small islands and fill small holes."""
+    side = _odd(close_um / um_per_px)
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
+    closed = cv2.morphologyEx(found.astype(np.uint8), cv2.MORPH_CLOSE, kernel)
+    cell_mm2 = (um_per_px / 1000) ** 2
+    solid = _drop_small(closed, area_mm2 / cell_mm2)
+    return ~_drop_small((~solid).astype(np.uint8), hole_mm2 / cell_mm2)
+
+
+def _drop_small(mask: NDArray[Any], least_px: float) -> NDArray[np.bool_]:
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    keep = stats[:, cv2.CC_STAT_AREA] >= least_px
+    keep[0] = False
+    return np.asarray(keep[labels]) if count > 1 else np.zeros(mask.shape, bool)
+
+
+def method(name: str, **parameters: float) -> TissueMethod:
+    """Build a tissue method by name; unnamed parameters keep their defaults.
+
+    Raises:
+        UsageError: no method has this name.
+    """
+    built: TissueMethod = resolve("tissue", name)(**parameters)
+    return built
+
+
+def parameters_of(built: TissueMethod) -> dict[str, float]:
+    """Return all parameters of a method, defaults included."""
+    names = inspect.signature(type(built)).parameters
+    return {name: getattr(built, name) for name in names}
+
+
+def find_tissue(slide: Slide, spec: TileSpec, mpp: float) -> Tissue:
+    """Return the tissue of `slide`, whose level-0 pixels are `mpp` micrometres wide.
+
+    Raises:
+        DataError: the overview level cannot be read, or the mask is of another version.
+    """
+    built = method(spec.tissue, **spec.tissue_params)
+    if built.version != spec.tissue_version:
+        msg = f"tissue method {spec.tissue} is version {built.version}, not {spec.tissue_version}"
+        raise DataError(msg)
+    thumbnail = overview(slide, max(1.0, built.mask_mpp / mpp))
+    height, width = thumbnail.shape[:2]
+    scale = (slide.info.width / width, slide.info.height / height)
+    if spec.tissue != "none" and _dark_background(thumbnail, slide, scale):
+        nothing = np.zeros((height, width), bool)
+        return Tissue(nothing, thumbnail, scale, (DARK_BACKGROUND,))
+    return Tissue(built.mask(thumbnail, mpp * scale[0]), thumbnail, scale)
+
+
+def _dark_background(thumbnail: ByteArray, slide: Slide, scale: tuple[float, float]) -> bool:
+    """Tell a fluorescence scan: most of the scanned area is nearly black."""
+    x, y, w, h = slide.info.bounds
+    rows = slice(int(y / scale[1]), math.ceil((y + h) / scale[1]))
+    columns = slice(int(x / scale[0]), math.ceil((x + w) / scale[0]))
+    brightest = thumbnail[rows, columns].max(axis=2)
+    return bool((brightest < 50).mean() > 0.5)  # noqa: PLR2004 - of 255, and of the area
+
+
+def overview(slide: Slide, downsample: float) -> ByteArray:
+    """Return the whole of level 0, reduced by about `downsample`, uint8 RGB [h, w, 3].
+
+    Uses the coarsest level that is fine enough, averages areas, and reads large levels in
+    stripes, so that memory stays bounded for a slide without a pyramid.
+    """
+    info = slide.info
+    width = max(1, round(info.width / downsample))
+    height = max(1, round(info.height / downsample))
+    level = best_level(slide, downsample)
+    step = slide.downsamples[level]
+    level_w, level_h = round(info.width / step), round(info.height / step)
+    stripes = max(1, math.ceil(level_w * level_h / _READ_PX))
+    edges = np.linspace(0, height, stripes + 1).round().astype(int)
+    rows = []
+    for top, bottom in pairwise(edges):
+        y0, y1 = round(top * level_h / height), round(bottom * level_h / height)
+        region = slide.read((0, round(y0 * step)), level, (level_w, y1 - y0))
+        rows.append(cv2.resize(region, (width, bottom - top), interpolation=cv2.INTER_AREA))
+    return np.concatenate(rows).astype(np.uint8, copy=False)
+
+
+def best_level(slide: Slide, downsample: float) -> int:
+    """Return the coarsest level that is at least as fine as `downsample` (1 % tolerance)."""
+    fine = [i for i, d in enumerate(slide.downsamples) if d <= downsample * 1.01]
+    return max(fine, key=lambda i: slide.downsamples[i]) if fine else 0
