@@ -1,0 +1,202 @@
+"""open_clip's image towers as encoders: PathGen-CLIP, and any architecture with a checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pathcli.encoders.checkpoint import read_state, shape_faults
+from pathcli.encoders.preprocess import Preprocess, describe, encoder_id, run
+from pathcli.registry import did_you_mean
+from pathcli.slides.tiling import tile_spec
+from pathcli.torchvision_guard import guard_torchvision
+from pathcli.types import DataError, UsageError
+from pathcli.weights import fetch, local, sha256
+
+if TYPE_CHECKING:
+    import torch
+
+
+def architectures() -> dict[str, dict[str, Any]]:
+    """Return open_clip's model configurations by name, without importing it."""
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        msg = "open_clip is not installed; run: pip install open_clip_torch"
+        raise UsageError(msg)
+    folder = Path(spec.origin).parent / "model_configs"
+    return {
+        p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))
+    }
+
+
+class OpenClipEncoder:
+    """An open_clip image tower: the projected class embedding [d], or patch tokens [t, width].
+
+    The text tower is loaded and checked with it, so that a checkpoint is what it says it is.
+    """
+
+    native_source = "the architecture's input size, at 0.5 um per pixel"
+    quick_gelu = False
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        checkpoint: Path | str | None = None,
+        tokens: bool = False,
+        precision: str = "float32",
+    ) -> None:
+        """Look the architecture up; weights are read by `load`.
+
+        Raises:
+            UsageError: open_clip has no such architecture.
+        """
+        known = architectures()
+        if model not in known:
+            near = [n for n in known if n.lower().startswith(model.lower()[:5])] or list(known)
+            msg = f"open_clip has no architecture {model!r}: {did_you_mean(model, near[:12])}"
+            raise UsageError(msg)
+        self.name = f"open_clip_{model}"
+        self.model, self.checkpoint = model, checkpoint
+        self.tokens, self.precision = tokens, precision
+        size = known[model]["vision_cfg"].get("image_size", 224)
+        self.input_px = int(size if isinstance(size, int) else size[0])
+        self.native = tile_spec(self.input_px)
+        self.preprocess = Preprocess(self.input_px)
+
+    @cached_property
+    def id(self) -> str:
+        """See `Encoder.id`; which activation is used counts too."""
+        how = describe(self.preprocess, tokens=self.tokens, precision=self.precision)
+        return encoder_id(self.name, sha256(self._file()), self.quick_gelu, *how)
+
+    def _file(self) -> Path:
+        if self.checkpoint is None:
+            msg = f"open_clip:{self.model} needs weights: --checkpoint FILE"
+            raise UsageError(msg)
+        return local(self.checkpoint)
+
+    def load(self, device: str) -> None:
+        """See `Encoder.load`.
+
+        Raises:
+            DataError: the checkpoint is corrupt, or fits another architecture, which is named.
+            UsageError: tokens of a tower that has none.
+        """
+        import torch  # noqa: PLC0415
+
+        guard_torchvision()
+        import open_clip  # noqa: PLC0415
+
+        file = self._file()
+        state = read_state(file)
+        network = open_clip.create_model(
+            self.model, pretrained=None, load_weights=False, force_quick_gelu=self.quick_gelu
+        )
+        if faults := shape_faults(state, network):
+            raise DataError(self._mismatch(file, state, faults))
+        network.load_state_dict(state, strict=False)
+        network = network.eval().requires_grad_(False).to(device)  # noqa: FBT003
+        if self.tokens and not hasattr(network.visual, "output_tokens"):
+            msg = f"--tokens: open_clip's {self.model} has no patch tokens"
+            raise UsageError(msg)
+        if self.tokens:
+            network.visual.output_tokens = True
+        self.network = network
+        blank = torch.zeros(1, self.input_px, self.input_px, 3, dtype=torch.uint8, device=device)
+        self.row_shape = tuple(self.encode(blank).shape[1:])
+
+    def _mismatch(self, file: Path, state: dict[str, torch.Tensor], faults: list[str]) -> str:
+        fitting = architecture_of(state)
+        told = f"its shapes are those of {fitting}" if fitting else "no architecture here fits it"
+        use = f": use --encoder open_clip:{fitting}" if fitting and fitting != self.model else ""
+        return f"{file}: does not fit open_clip's {self.model} ({faults[0]}); {told}{use}"
+
+    def _tower(self, pixels: torch.Tensor) -> torch.Tensor:
+        given = self.network.visual(pixels)
+        features: torch.Tensor = given[1] if self.tokens else given
+        return features
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """See `Encoder.encode`; as open_clip's `encode_image` without normalising."""
+        return run(self._tower, images, self.preprocess, self.precision)
+
+
+def architecture_of(state: dict[str, torch.Tensor]) -> str | None:
+    """Return the open_clip architecture whose image and text towers have these shapes."""
+    facts = _facts(state)
+    if facts is None:
+        return None
+    fitting = [name for name, config in architectures().items() if _says(config) == facts]
+    plain = [name for name in fitting if "quickgelu" not in name] or fitting
+    return min(plain, key=len) if plain else None
+
+
+def _facts(state: dict[str, torch.Tensor]) -> tuple[int, ...] | None:
+    """Read sizes off a CLIP with a vision transformer: image tower, then text tower."""
+    try:
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        places = state["visual.positional_embedding"].shape[0] - 1
+        vocabulary, text_width = state["token_embedding.weight"].shape
+        embed = state["visual.proj"].shape[1]
+        context = state["positional_embedding"].shape[0]
+    except (KeyError, ValueError, IndexError):
+        return None
+    image = patch * round(places**0.5)
+    layers = _depth(state, r"visual\.transformer\.resblocks\.(\d+)\.")
+    text_layers = _depth(state, r"transformer\.resblocks\.(\d+)\.")
+    return embed, image, patch, width, layers, context, vocabulary, text_width, text_layers
+
+
+def _depth(state: dict[str, torch.Tensor], pattern: str) -> int:
+    found = [int(m.group(1)) for m in map(re.compile(pattern).match, state) if m]
+    return max(found, default=-1) + 1
+
+
+def _says(config: dict[str, Any]) -> tuple[Any, ...]:
+    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    picked = [config.get("embed_dim")]
+    picked += [vision.get(k) for k in ("image_size", "patch_size", "width", "layers")]
+    picked += [text.get(k) for k in ("context_length", "vocab_size", "width", "layers")]
+    return tuple(picked)
+
+
+class PathGenClip(OpenClipEncoder):
+    """PathGen-CLIP, ViT-B/16, 512-d (Sun et al. 2024, arXiv:2407.00203; hub jamessyx/PathGen-CLIP).
+
+    Trained from OpenAI's weights, so it needs their QuickGELU, as the authors' scripts do.
+    """
+
+    native_source = "PathGen-CLIP's input size; 0.5 um per pixel (20x), as its MIL runs use"
+    quick_gelu = True
+    published, architecture = "pathgen-clip", "ViT-B-16"
+
+    def __init__(
+        self,
+        *,
+        checkpoint: Path | str | None = None,
+        tokens: bool = False,
+        precision: str = "float32",
+    ) -> None:
+        """Know the architecture; the weights come from the hub unless `checkpoint` is given."""
+        super().__init__(
+            model=self.architecture, checkpoint=checkpoint, tokens=tokens, precision=precision
+        )
+        self.name = self.published
+
+    def _file(self) -> Path:
+        return local(self.checkpoint) if self.checkpoint else fetch(self.published)
+
+
+class PathGenClipL(PathGenClip):
+    """PathGen-CLIP-L, ViT-L/14 at 336 px, 768-d (hub jamessyx/PathGen-CLIP-L).
+
+    The hub page names ViT-B-16 beside it; the weights are those of ViT-L-14-336.
+    """
+
+    native_source = "PathGen-CLIP-L's 336 px input; 0.5 um per pixel (20x)"
+    published, architecture = "pathgen-clip-l", "ViT-L-14-336"

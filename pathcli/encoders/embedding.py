@@ -1,0 +1,274 @@
+"""Tiles and an encoder in, features in the store out: readers, encoder and writer overlap.
+
+Batches are cut by tile index, never by arrival, so the number of readers changes nothing
+but the speed. At most a few batches of pixels are in memory, whatever the slide's size.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pathcli.slides.readers import open_slide
+from pathcli.slides.tiling import TileRun, read_tile, summary, tile_slide
+from pathcli.store import Store
+from pathcli.types import DataError, Encoder, Key, ResourceError, TileStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from pathcli.types import ByteArray, Progress, Slide, Tiles, TileSpec
+
+log = logging.getLogger("pathcli")
+
+Batch = tuple[int, "ByteArray", "ByteArray"]
+"""First row, pixels uint8 [b, s, s, 3], status uint8 [b]."""
+
+
+@dataclass(frozen=True)
+class EmbedRun:
+    """What `embed` did for one slide.
+
+    `encoded` tiles went through the encoder in this run; `unreadable` ones have no features.
+    """
+
+    tiling: TileRun
+    key: Key
+    tiles: int
+    encoded: int
+    unreadable: int
+    row_shape: tuple[int, ...]
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+class Embedder:
+    """An encoder on a device, ready for one slide after another; loads when first needed."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        store: Store | None = None,
+        *,
+        device: str = "auto",
+        batch: int = 32,
+        workers: int = 2,
+        max_bad_tiles: float = 0.01,
+    ) -> None:
+        """Keep the settings.
+
+        Args:
+            encoder: what embeds.
+            store: where features are kept (default: the user's store).
+            device: auto, cpu, cuda, cuda:1 or mps.
+            batch: tiles per forward pass.
+            workers: threads that read tiles.
+            max_bad_tiles: share of unreadable tiles above which a slide fails.
+        """
+        self.encoder, self.store = encoder, store or Store()
+        self.device, self.batch, self.workers = device, batch, max(1, workers)
+        self.max_bad_tiles = max_bad_tiles
+        self._loaded = False
+
+    def __call__(
+        self,
+        path: Path | str,
+        *,
+        spec: TileSpec | None = None,
+        progress: Progress | None = None,
+        **tiling: Any,  # noqa: ANN401 - what `tile` takes
+    ) -> EmbedRun:
+        """Embed one slide, or find its features in the store.
+
+        Args:
+            path: the slide.
+            spec: how it is cut (default: the encoder's native tiles).
+            progress: called with (tiles done, tiles in all).
+            tiling: `mpp`, `mpp_source`, `out`, `overview`, `geojson` as `tile` takes them.
+
+        Raises:
+            DataError: not a slide, no usable resolution, or too many unreadable tiles.
+            ResourceError: no weights, no space, or another process is embedding it.
+        """
+        start = time.perf_counter()
+        slide = open_slide(path)
+        try:
+            tiling_run = tile_slide(slide, spec or self.encoder.native, self.store, **tiling)
+            tiles = tiling_run.tiles
+            key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, self.encoder.id)
+            encoded = 0
+            if len(tiles) and key not in self.store.features:
+                with self.store.features.lock(key):
+                    if key not in self.store.features:
+                        encoded = self._fill(slide, tiles, progress or _silent)
+        finally:
+            slide.close()
+        return self._report(tiling_run, key, encoded, time.perf_counter() - start)
+
+    def _report(self, tiling: TileRun, key: Key, encoded: int, seconds: float) -> EmbedRun:
+        warnings = list(tiling.warnings)
+        shape: tuple[int, ...] = ()
+        bad = 0
+        if tiling.tiles.spec.size_px < self.encoder.input_px:
+            warnings.append(
+                f"tiles of {tiling.tiles.spec.size_px} px are enlarged to the encoder's "
+                f"{self.encoder.input_px} px"
+            )
+        if len(tiling.tiles):
+            shape, bad = self.store.features.shape(key)
+        return EmbedRun(
+            tiling=tiling,
+            key=key,
+            tiles=len(tiling.tiles),
+            encoded=encoded,
+            unreadable=bad,
+            row_shape=shape,
+            seconds=seconds,
+            warnings=tuple(warnings),
+        )
+
+    def load(self) -> None:
+        """Read the weights onto the device, once."""
+        if not self._loaded:
+            self.device = pick_device(self.device)
+            self.encoder.load(self.device)
+            self._loaded = True
+
+    def _fill(self, slide: Slide, tiles: Tiles, progress: Progress) -> int:
+        """Encode what an earlier run did not, and publish the entry; return how many tiles."""
+        self.load()
+        n, bad = len(tiles), 0
+        writer = self.store.features.writer(tiles, self.encoder.id, self.encoder.row_shape)
+        first = writer.resumed // self.batch * self.batch
+        if writer.resumed == n:
+            first = n
+        with writer, ThreadPoolExecutor(self.workers, thread_name_prefix="reader") as pool:
+            writer.begin(first)
+            progress(first, n)
+            for start, pixels, status in self._read(pool, slide, tiles, first):
+                writer.write(self._encode(pixels, status), status)
+                bad += int((status != TileStatus.OK).sum())
+                if bad > self.max_bad_tiles * n:
+                    msg = (
+                        f"{slide.path}: more than {self.max_bad_tiles:.1%} of {n} tiles cannot be "
+                        "read; is the file whole? (--max-bad-tiles sets the limit)"
+                    )
+                    raise DataError(msg)
+                progress(start + len(status), n)
+        return n - first
+
+    def _read(
+        self, pool: ThreadPoolExecutor, slide: Slide, tiles: Tiles, first: int
+    ) -> Iterator[Batch]:
+        """Yield batches in order while the next ones are being read."""
+        starts = iter(range(first, len(tiles), self.batch))
+        queue: deque[Future[Batch]] = deque()
+        try:
+            for start in starts:
+                queue.append(pool.submit(self._read_batch, slide, tiles, start))
+                if len(queue) > self.workers + 1:
+                    yield queue.popleft().result()
+            while queue:
+                yield queue.popleft().result()
+        finally:
+            for future in queue:
+                future.cancel()
+
+    def _read_batch(self, slide: Slide, tiles: Tiles, start: int) -> Batch:
+        xy = tiles.xy[start : start + self.batch]
+        side = tiles.spec.size_px
+        pixels = np.zeros((len(xy), side, side, 3), np.uint8)
+        status = np.zeros(len(xy), np.uint8)
+        for i, (x, y) in enumerate(xy.tolist()):
+            try:
+                pixels[i] = read_tile(slide, (x, y), tiles.spec, tiles.slide_mpp)
+            except DataError as error:
+                if isinstance(slide.path, Path) and not slide.path.exists():
+                    raise
+                log.debug("unreadable tile: %s", error)
+                status[i] = TileStatus.UNREADABLE
+        return start, pixels, status
+
+    def _encode(self, pixels: ByteArray, status: ByteArray) -> NDArray[np.float16]:
+        """Return float16 [b, *row_shape]; rows that could not be read are NaN."""
+        import torch  # noqa: PLC0415
+
+        images = torch.from_numpy(pixels).to(self.device)
+        try:
+            features = self.encoder.encode(images).cpu().numpy()
+        except torch.OutOfMemoryError as error:
+            msg = f"{self.device} is out of memory at --batch {self.batch}; give a smaller one"
+            raise ResourceError(msg) from error
+        with np.errstate(over="ignore"):
+            half: NDArray[np.float16] = features.astype(np.float16)
+        half[status != TileStatus.OK] = np.nan
+        return half
+
+
+def _silent(done: int, total: int) -> None:
+    del done, total
+
+
+def pick_device(name: str) -> str:
+    """Return a usable torch device: the named one, or with `auto` the best there is.
+
+    Raises:
+        ResourceError: the named device is not here.
+    """
+    import torch  # noqa: PLC0415
+
+    here = {"cpu"}
+    if torch.cuda.is_available():
+        here |= {"cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
+    if torch.backends.mps.is_available():
+        here.add("mps")
+    if name == "auto":
+        return next(d for d in ("cuda", "mps", "cpu") if d in here)
+    if name not in here:
+        msg = f"--device {name} is not here; there is: auto, {', '.join(sorted(here))}"
+        raise ResourceError(msg)
+    return name
+
+
+def embed(
+    path: Path | str,
+    encoder: Encoder,
+    *,
+    store: Store | None = None,
+    spec: TileSpec | None = None,
+    device: str = "auto",
+    batch: int = 32,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> EmbedRun:
+    """Embed one slide into the store; for several slides keep one `Embedder`.
+
+    Raises:
+        DataError: not a slide, no usable resolution, or too many unreadable tiles.
+        ResourceError: no weights, no space, or another process is embedding it.
+    """
+    embedder = Embedder(encoder, store, device=device, batch=batch, workers=workers)
+    return embedder(path, spec=spec, progress=progress)
+
+
+def embed_summary(run: EmbedRun) -> dict[str, Any]:
+    """Return one run as plain JSON values, for `--json` and reports."""
+    spent = run.seconds - run.tiling.seconds
+    return summary(run.tiling) | {
+        "encoder": run.key.encoder,
+        "encoded": run.encoded,
+        "unreadable": run.unreadable,
+        "row_shape": list(run.row_shape),
+        "seconds": round(run.seconds, 3),
+        "tiles_per_second": round(run.encoded / spent, 1) if run.encoded and spent > 0 else None,
+        "warnings": list(run.warnings),
+    }

@@ -1,0 +1,131 @@
+"""A CLIP in transformers' form, from a folder or the hub, as an encoder."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pathcli.encoders.preprocess import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    Preprocess,
+    describe,
+    encoder_id,
+    run,
+)
+from pathcli.slides.tiling import tile_spec
+from pathcli.torchvision_guard import guard_torchvision
+from pathcli.types import DataError
+from pathcli.weights import Hub, fetch, sha256
+
+if TYPE_CHECKING:
+    import torch
+
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        msg = f"{path.parent}: no {path.name}; a transformers CLIP folder has one"
+        raise DataError(msg) from None
+    except ValueError as error:
+        msg = f"{path}: not JSON ({error})"
+        raise DataError(msg) from error
+    return found
+
+
+def _pixels(value: Any) -> int:  # noqa: ANN401 - as the files have it
+    """Return a size that may stand as 224, {"shortest_edge": 224} or {"height": 224, ...}."""
+    return int(next(iter(value.values())) if isinstance(value, dict) else value)
+
+
+class HFClipEncoder:
+    """Image tower of a transformers CLIP: projected embedding [d], or patch tokens [t, width]."""
+
+    native_source = "the folder's own input size, at 0.5 um per pixel"
+
+    def __init__(self, *, model: str, tokens: bool = False, precision: str = "float32") -> None:
+        """Read the folder's configuration, without importing torch.
+
+        Raises:
+            DataError: not a CLIP folder.
+            ResourceError: neither a folder nor to be had from the hub.
+        """
+        self.folder = Path(model) if Path(model).is_dir() else fetch(Hub(model))
+        self.name = f"hf_{self.folder.name if Path(model).is_dir() else model}"
+        self.tokens, self.precision = tokens, precision
+        kind = _read_json(self.folder / "config.json").get("model_type")
+        if kind != "clip":
+            msg = f"{self.folder}: a {kind!r} model; only transformers' 'clip' is read here"
+            raise DataError(msg)
+        how = _read_json(self.folder / "preprocessor_config.json")
+        self.input_px = _pixels(how.get("crop_size") or how.get("size", 224))
+        self.preprocess = Preprocess(
+            self.input_px,
+            tuple(how.get("image_mean", OPENAI_MEAN)),
+            tuple(how.get("image_std", OPENAI_STD)),
+            _RESAMPLE.get(how.get("resample", 3), "unknown"),
+        )
+        self.native = tile_spec(self.input_px)
+
+    @cached_property
+    def id(self) -> str:
+        """See `Encoder.id`."""
+        how = describe(self.preprocess, tokens=self.tokens, precision=self.precision)
+        return encoder_id(self.name, sha256(self.folder), *how)
+
+    def load(self, device: str) -> None:
+        """See `Encoder.load`.
+
+        Raises:
+            DataError: the weights are corrupt or do not fit their own configuration.
+        """
+        import torch  # noqa: PLC0415
+
+        guard_torchvision()
+        from safetensors import SafetensorError  # noqa: PLC0415
+        from transformers import CLIPModel  # noqa: PLC0415
+
+        try:
+            network, told = CLIPModel.from_pretrained(
+                self.folder, local_files_only=True, output_loading_info=True, dtype="float32"
+            )
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            line = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            msg = f"{self.folder}: weights cannot be read ({line})"
+            raise DataError(msg) from error
+        wrong = [*told["missing_keys"], *told["mismatched_keys"]]
+        if wrong:
+            msg = f"{self.folder}: {len(wrong)} tensors do not fit config.json ({wrong[0]})"
+            raise DataError(msg)
+        self.network = network.eval().requires_grad_(False).to(device)  # noqa: FBT003
+        blank = torch.zeros(1, self.input_px, self.input_px, 3, dtype=torch.uint8, device=device)
+        self.row_shape = tuple(self.encode(blank).shape[1:])
+
+    def _tower(self, pixels: torch.Tensor) -> torch.Tensor:
+        seen = self.network.vision_model(pixel_values=pixels)
+        features: torch.Tensor = (
+            seen.last_hidden_state[:, 1:]
+            if self.tokens
+            else self.network.visual_projection(seen.pooler_output)
+        )
+        return features
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """See `Encoder.encode`; as `get_image_features`."""
+        return run(self._tower, images, self.preprocess, self.precision)
+
+
+class PathGenClipLHF(HFClipEncoder):
+    """PathGen-CLIP-L in transformers' form (hub jamessyx/pathgenclip-vit-large-patch14-hf)."""
+
+    native_source = "PathGen-CLIP-L's 336 px input; 0.5 um per pixel (20x)"
+
+    def __init__(self, *, tokens: bool = False, precision: str = "float32") -> None:
+        """Fetch the folder from the hub, or find it in the hub's cache."""
+        super().__init__(model=str(fetch("pathgen-clip-l-hf")), tokens=tokens, precision=precision)
+        self.name = "pathgen-clip-l-hf"
