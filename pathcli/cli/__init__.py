@@ -1,0 +1,116 @@
+"""The command line: parse, call the library, print. Commands are imported when they are run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pathcli import __version__
+from pathcli.types import PathcliError
+
+COMMANDS = {
+    "tile": "Cut slides into tiles on tissue, and show where.",
+    "embed": "Turn the tiles of slides into features, kept in the store.",
+    "store": "List, check and clean the feature store.",
+    "models": "List, describe and fetch encoders and other downloads.",
+    "doctor": "Say what works on this machine, and what to do about the rest.",
+    "demo": "Take one slide all the way: tiles, features, a map, a report.",
+}
+"""Name and one line of help; `pathcli/cli/<name>.py` holds the command."""
+
+
+class LazyGroup(TyperGroup):
+    """A group that knows its commands by name and imports one when it is run."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401 - typer's own context
+        """Return the commands in the order of `COMMANDS`."""
+        del ctx
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401
+        """Import and return one command, or None."""
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        command = typer.main.get_command(import_module(f"pathcli.cli.{cmd_name}").app)
+        command.name = cmd_name
+        return command
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
+        """List the commands without importing them."""
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    epilog="Research use only; not for diagnosis.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"pathcli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+    _debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere in the line).")
+    ] = False,
+) -> None:
+    """Computational pathology from slide to answer."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 ok, 2 usage, 3 part failed, 4 bad data, 5 missing.
+
+    This is the one place where an error becomes a line on stderr and an exit code.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in given
+    given = [a for a in given if a != "--debug"]
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("pathcli").setLevel(logging.DEBUG if debug else logging.INFO)
+    try:
+        app(args=given, prog_name="pathcli")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what was finished is in the store, the same command goes on")
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(error, as_json="--json" in given)
+
+
+def _fail(error: Exception, *, as_json: bool) -> None:
+    known = isinstance(error, PathcliError)
+    code = error.exit_code if isinstance(error, PathcliError) else 1
+    text = str(error) if known else f"internal error: {explain(error)}"
+    if as_json:
+        sys.stdout.write(json.dumps({"error": text, "exit_code": code}) + "\n")
+    sys.stderr.write(f"error: {text}\n")
+    sys.exit(code)
+
+
+def explain(error: Exception) -> str:
+    """Return an unforeseen error in one line that says what to do."""
+    first = (str(error).splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {first} (a bug in pathcli: please report it with --debug)"

@@ -1,0 +1,94 @@
+"""Many slides, one after another: one that fails does not stop the rest."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from pathcli.cli import explain, show
+from pathcli.types import PathcliError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pathcli.slides.discover import Found
+    from pathcli.types import Progress
+
+log = logging.getLogger("pathcli")
+
+PARTIAL = 3
+
+
+@dataclass
+class Batch:
+    """Results of the slides that went well, and (path, code, reason) of those that did not."""
+
+    results: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[tuple[str, int, str]] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0 when all went well, the reason's own code when all failed for it, else 3."""
+        if not self.failures:
+            return 0
+        codes = {code for _, code, _ in self.failures}
+        return codes.pop() if len(codes) == 1 and not self.results else PARTIAL
+
+
+def run_batch(
+    slides: list[Found], work: Callable[[Found, Progress], dict[str, Any]], out: Path
+) -> Batch:
+    """Do `work` for each slide, showing progress; write failures.csv if any failed."""
+    batch = Batch()
+    with show.progress(len(slides)) as start:
+        for number, found in enumerate(slides, start=1):
+            name = Path(str(found.path)).name
+            try:
+                batch.results.append(work(found, start(number, name)))
+            except PathcliError as error:
+                batch.failures.append((str(found.path), error.exit_code, str(error)))
+            except MemoryError:
+                reason = f"{found.path}: out of memory"
+                batch.failures.append((str(found.path), 5, reason))
+            except Exception as error:  # the batch goes on; the code is not 0
+                log.debug("%s", found.path, exc_info=error)
+                batch.failures.append((str(found.path), 1, f"{found.path}: {explain(error)}"))
+    if batch.failures and len(slides) > 1:
+        _write_failures(batch, out)
+    return batch
+
+
+def _write_failures(batch: Batch, out: Path) -> None:
+    path = out / "failures.csv"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["wsi", "exit_code", "reason"])
+            writer.writerows(batch.failures)
+    except OSError as error:
+        show.warn(f"{path}: not written ({error.strerror})")
+
+
+def finish(batch: Batch, rows: list[dict[str, Any]], *, as_json: bool, out: Path) -> None:
+    """Print what was done and what failed, and exit with the batch's code."""
+    if as_json:
+        failures = [{"path": p, "exit_code": c, "reason": r} for p, c, r in batch.failures]
+        show.as_json({"slides": batch.results, "failures": failures})
+    else:
+        show.table(rows)
+    for result in batch.results:
+        for text in result["warnings"]:
+            show.warn(f"{result['path']}: {text}")
+    for _, _, reason in batch.failures:
+        show.error(reason)
+    if batch.failures and len(batch.failures) + len(batch.results) > 1:
+        total = len(batch.failures) + len(batch.results)
+        show.say(f"{len(batch.failures)} of {total} slides failed: {out / 'failures.csv'}")
+    if batch.exit_code:
+        raise typer.Exit(batch.exit_code)

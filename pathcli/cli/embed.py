@@ -1,0 +1,108 @@
+"""`pathcli embed`: slides in, features in the store out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pathcli.cli import options as o
+
+if TYPE_CHECKING:
+    from pathcli.slides.discover import Found
+    from pathcli.types import Progress, TileSpec
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+
+@app.command()
+def embed(
+    slides: o.Slides,
+    encoder: o.Encoder = "lite0",
+    checkpoint: o.Checkpoint = None,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Keep one vector per image patch, not per tile.")
+    ] = False,
+    precision: Annotated[
+        str, typer.Option("--precision", help="float32, bfloat16 or float16 arithmetic.")
+    ] = "float32",
+    device: o.Device = "auto",
+    batch: Annotated[int, typer.Option("--batch", help="Tiles per forward pass.", min=1)] = 32,
+    workers: Annotated[int, typer.Option("--workers", help="Threads that read.", min=1)] = 2,
+    max_bad_tiles: Annotated[
+        float, typer.Option("--max-bad-tiles", help="Share of unreadable tiles a slide may have.")
+    ] = 0.01,
+    size: o.Size = None,
+    mpp: o.Mpp = None,
+    step: o.Step = None,
+    tissue: o.Tissue = "otsu",
+    min_tissue: o.MinTissue = 0.5,
+    slide_mpp: o.SlideMpp = None,
+    overview: o.Overview = False,
+    geojson: o.GeoJSON = False,
+    out: o.Out = o.OUT,
+    store: o.StoreRoot = None,
+    json: o.Json = False,
+) -> None:
+    """Turn the tiles of slides into features, kept in the store.
+
+    Slides not yet tiled are tiled first; what the store has is not computed again. Without
+    --size and --mpp the encoder's own tile is used.
+    """
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.cli.batch import finish, run_batch  # noqa: PLC0415
+    from pathcli.cli.tile import resolution, row_of  # noqa: PLC0415
+    from pathcli.encoders import build_encoder  # noqa: PLC0415
+    from pathcli.encoders.embedding import Embedder, embed_summary  # noqa: PLC0415
+    from pathcli.slides.discover import discover  # noqa: PLC0415
+
+    built = build_encoder(encoder, checkpoint=checkpoint, tokens=tokens, precision=precision)
+    spec = o.spec_of(built.native, size, mpp, step, tissue, min_tissue)
+    if size is None or mpp is None:
+        show.say(native_line(built.name, spec, built.native_source))
+    ready = Embedder(
+        built,
+        o.open_store(store),
+        device=device,
+        batch=batch,
+        workers=workers,
+        max_bad_tiles=max_bad_tiles,
+    )
+    found = discover(slides)
+    _ = built.id  # weights that are not here fail the command once, not every slide
+
+    def work(slide: Found, progress: Progress) -> dict[str, Any]:
+        given, source = resolution(slide, slide_mpp)
+        return embed_summary(
+            ready(
+                slide.path,
+                spec=spec,
+                progress=progress,
+                mpp=given,
+                mpp_source=source,
+                out=out,
+                overview=overview,
+                geojson=geojson,
+            )
+        )
+
+    done = run_batch(found, work, out)
+    rows = [row_of(r) | features_of(r) for r in done.results]
+    finish(done, rows, as_json=json, out=out)
+
+
+def native_line(name: str, spec: TileSpec, source: str) -> str:
+    """Return the sentence that says which tiles are used and why."""
+    return f"{name}: tiles of {spec.size_px} px at {spec.mpp:g} um per pixel ({source})"
+
+
+def features_of(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns `embed` adds to a row."""
+    shape = " x ".join(str(n) for n in [result["tiles"], *result["row_shape"]])
+    done = f"{result['encoded']} encoded" if result["encoded"] else "from the store"
+    return {
+        "features": shape if result["tiles"] else "none",
+        "work": done if result["tiles"] else "no tile",
+        "tiles/s": result["tiles_per_second"],
+        "unreadable": result["unreadable"],
+    }

@@ -1,0 +1,77 @@
+"""`pathcli models`: what can be fetched, what is here, and fetching it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from pathcli.cli import options as o
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True)
+Name = Annotated[str, typer.Argument(help="A name that `models list` prints.")]
+
+
+@app.callback()
+def root() -> None:
+    """List, describe and fetch encoders and other downloads."""
+
+
+@app.command("list")
+def list_models(json: o.Json = False) -> None:
+    """List what pathcli knows how to fetch, and what is here already."""
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.weights import CARDS, find  # noqa: PLC0415
+
+    rows = [
+        {"name": name, "here": bool(find(name)), "licence": c.licence, "what": c.what}
+        for name, c in CARDS.items()
+    ]
+    if json:
+        show.as_json({"models": rows})
+        return
+    show.table([row | {"here": "yes" if row["here"] else "no"} for row in rows])
+    show.say("also: open_clip:ARCH with --checkpoint FILE, hf:FOLDER, timm:NAME")
+
+
+@app.command()
+def info(name: Name, json: o.Json = False) -> None:
+    """Say where a model comes from, its licence, and how it is used."""
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.weights import card, find  # noqa: PLC0415
+
+    value = _describe(name, card(name), find(name))
+    if json:
+        show.as_json(value)
+    else:
+        show.table([{"what": k, "value": str(v)} for k, v in value.items()])
+
+
+def _describe(name: str, found: Any, path: Any) -> dict[str, Any]:  # noqa: ANN401 - a Card and a Path
+    from dataclasses import asdict  # noqa: PLC0415
+
+    from pathcli.registry import names  # noqa: PLC0415
+
+    value = {"name": name, "what": found.what, "licence": found.licence}
+    value |= {"from": type(found.source).__name__.lower(), **asdict(found.source)}
+    value["here"] = str(path) if path else f"no; run: pathcli models pull {name}"
+    if path and name in names("encoder"):
+        from pathcli.encoders import build_encoder  # noqa: PLC0415
+
+        encoder = build_encoder(name)
+        native = f"{encoder.native.size_px} px at {encoder.native.mpp:g} um per pixel"
+        value |= {"encoder id": encoder.id, "tiles": f"{native} ({encoder.native_source})"}
+    return value
+
+
+@app.command()
+def pull(name: Name, json: o.Json = False) -> None:
+    """Fetch a model, check its digest and keep it; nothing is done if it is here."""
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.weights import card, fetch  # noqa: PLC0415
+
+    path = fetch(name)
+    if json:
+        show.as_json({"name": name, "path": str(path), "licence": card(name).licence})
+    else:
+        show.say(f"{name}: {path} ({card(name).licence})")
