@@ -1,0 +1,91 @@
+"""Fixtures: an isolated cache, a store, a synthetic slide, the shared data, the fake encoder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import synthetic
+
+from pathcli import registry, slides
+from pathcli.store import Store
+from pathcli.types import Slide
+from pathcli.weights import find
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # both are read once, when the hub's client is imported
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="pathcli-no-hub-")
+
+DATA = Path(os.environ.get("PATHCLI_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+SIZE = (1500, 1100)
+TISSUE_BOX = (256, 192, 640, 512)
+
+
+_opened: list[Slide] = []
+
+
+def open_slide(path: Path | str, reader: str = "auto") -> Slide:
+    """Open a slide that is closed when the test is over."""
+    _opened.append(slides.open_slide(path, reader))
+    return _opened[-1]
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    while _opened:
+        _opened.pop().close()
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATHCLI_STORE", str(tmp_path / "default-store"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def _painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pixels = synthetic.picture(*SIZE, TISSUE_BOX)
+    return synthetic.slide(tmp_path_factory.mktemp("slides") / "painted.svs", pixels)
+
+
+@pytest.fixture
+def slide_path(_painted: Path, tmp_path: Path) -> Path:
+    """A slide of 1500 x 1100 px at 0.5 mpp with tissue exactly in TISSUE_BOX."""
+    return Path(shutil.copy(_painted, tmp_path / "painted.svs"))
+
+
+@pytest.fixture
+def data() -> Path:
+    if not DATA.is_dir():
+        pytest.skip(f"no shared data at {DATA} (set PATHCLI_TEST_DATA)")
+    return DATA
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type:
+    import fakes
+
+    monkeypatch.setitem(registry.BUILTIN["encoder"], "fake", "fakes:MeanColour")
+    monkeypatch.setattr(fakes.MeanColour, "passes", 0)
+    return fakes.MeanColour
+
+
+@pytest.fixture
+def lite0() -> None:
+    if find("lite0") is None:
+        pytest.skip("lite0 is not in the cache; run: pathcli models pull lite0")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

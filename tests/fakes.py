@@ -1,0 +1,32 @@
+"""Components small enough to see through, registered as real ones are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pathcli.slides.tiling import tile_spec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class MeanColour:
+    """An encoder whose feature is the mean colour, 0 to 255, and counts its forward passes."""
+
+    name = "fake"
+    input_px = 64
+    native = tile_spec(64, 0.5)
+    native_source = "the tests"
+    id = "fake-000000000000"
+    row_shape = (3,)
+    passes = 0
+
+    def __init__(self, *, tokens: bool = False, precision: str = "float32") -> None:
+        self.tokens, self.precision = tokens, precision
+
+    def load(self, device: str) -> None:
+        self.device = device
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        type(self).passes += 1
+        return images.float().mean(dim=(1, 2))

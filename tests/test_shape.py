@@ -1,0 +1,66 @@
+"""The house rules: files and functions stay small, public names import, the wheel is whole."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import pathcli
+
+ROOT = Path(__file__).parent.parent
+FILES = [*ROOT.glob("pathcli/**/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]
+MOST_LINES, MOST_FUNCTION = 400, 60
+
+
+def test_no_file_is_longer_than_400_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = sorted(((len(p.read_text().splitlines()), p) for p in FILES), reverse=True)
+    with capsys.disabled():
+        worst = ", ".join(f"{p.relative_to(ROOT)} {n}" for n, p in sizes[:10])
+        print(f"\nlongest files: {worst}")  # noqa: T201
+    assert sizes[0][0] <= MOST_LINES
+
+
+def test_no_function_is_longer_than_60_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                sizes.append((length, f"{path.relative_to(ROOT)}:{node.name}"))
+    sizes.sort(reverse=True)
+    with capsys.disabled():
+        print(f"\nlongest functions: {', '.join(f'{w} {n}' for n, w in sizes[:10])}")  # noqa: T201
+    assert sizes[0][0] <= MOST_FUNCTION
+
+
+@pytest.mark.parametrize("name", pathcli.__all__)
+def test_every_public_name_imports(name: str) -> None:
+    assert getattr(pathcli, name) is not None
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError):
+        _ = pathcli.nonsense  # type: ignore[attr-defined]
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    code = "import sys, pathcli; print(*[m for m in sys.modules if m.startswith('pathcli.')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_the_package_and_nothing_of_the_checkout(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+    code = {str(p.relative_to(ROOT)) for p in ROOT.glob("pathcli/**/*.py")}
+    assert code <= set(names)
+    assert {n.split("/")[0] for n in names} == {
+        "pathcli",
+        f"pathcli-{pathcli.__version__}.dist-info",
+    }

@@ -1,0 +1,257 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import synthetic
+from conftest import SIZE, TISSUE_BOX, open_slide
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pathcli.slides import discover, overlay
+from pathcli.slides.geojson import polygons, write_geojson
+from pathcli.slides.tiling import grid, read_tile, tile, tile_spec
+from pathcli.slides.tissue import Tissue, find_tissue, method, overview
+from pathcli.store import Store
+
+# --- grid --------------------------------------------------------------------------------
+
+sizes = st.integers(1, 300)
+mpps = st.floats(0.1, 4)
+
+
+@given(sizes, sizes, mpps, mpps, st.integers(0, 3000), st.integers(0, 3000))
+def test_tiles_lie_inside_in_order_at_the_rounded_multiple_of_the_step(
+    size: int, step: int, mpp: float, slide_mpp: float, width: int, height: int
+) -> None:
+    spec = tile_spec(size + 20, mpp, step_px=step + 20)
+    xy = grid(spec, slide_mpp, (0, 0, width, height))
+    side0, step0 = spec.size_um / slide_mpp, spec.step_px * mpp / slide_mpp
+    assert (xy >= 0).all()
+    assert (xy + side0 <= np.array([width, height]) + 1e-5).all()
+    assert [tuple(p) for p in xy] == sorted({tuple(p) for p in xy}, key=lambda p: (p[1], p[0]))
+    for axis, limit in enumerate((width, height)):
+        k = np.arange(int(limit / step0) + 2)
+        corners = np.floor(k * step0 + 0.5)
+        expected = corners[corners + side0 <= limit + 1e-6]
+        if len(xy):
+            assert set(xy[:, axis]) == set(expected.astype(int))
+
+
+def test_the_grid_stays_on_level_0_and_inside_the_bounds() -> None:
+    spec = tile_spec(100, 0.5)
+    xy = grid(spec, 0.5, (250, 130, 420, 300))
+    assert xy.tolist() == [[x, y] for y in (200, 300) for x in (300, 400, 500)]
+
+
+def test_a_step_larger_or_smaller_than_the_tile_spaces_or_overlaps() -> None:
+    assert len(grid(tile_spec(100, 0.5, step_px=50), 0.5, (0, 0, 200, 100))) == 3
+    assert len(grid(tile_spec(100, 0.5, step_px=200), 0.5, (0, 0, 400, 100))) == 2
+
+
+# --- pixels ------------------------------------------------------------------------------
+
+
+def ramp(path: Path, side: int = 2048) -> Path:
+    """Write a PNG whose red is x / 16 and whose green is y / 16."""
+    y, x = np.mgrid[:side, :side] / 16
+    Image.fromarray(np.stack([x, y, 0 * x], 2).round().astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("slide_mpp", [0.25, 0.499, 0.5, 0.7])
+def test_a_tile_covers_its_micrometres_whatever_the_scan(tmp_path: Path, slide_mpp: float) -> None:
+    slide = open_slide(ramp(tmp_path / "ramp.png"))
+    spec = tile_spec(224, 0.5)
+    pixels = read_tile(slide, (320, 480), spec, slide_mpp).astype(float)
+    side0 = 112 / slide_mpp
+    centre = (np.arange(224) + 0.5) * side0 / 224 - 0.5
+    assert pixels.shape == (224, 224, 3)
+    assert np.abs(pixels[:, :, 0].mean(0) - (320 + centre) / 16).max() < 0.8
+    assert np.abs(pixels[:, :, 1].mean(1) - (480 + centre) / 16).max() < 0.8
+
+
+def test_the_best_level_is_read_and_agrees_with_level_0(slide_path: Path, tmp_path: Path) -> None:
+    slide = open_slide(slide_path)
+    flat = tmp_path / "flat.png"
+    Image.fromarray(slide.read((0, 0), 0, SIZE)).save(flat)
+    spec = tile_spec(128, 2.0)
+    a = read_tile(slide, (320, 256), spec, 0.5).astype(int)
+    b = read_tile(open_slide(flat), (320, 256), spec, 0.5).astype(int)
+    assert np.abs(a.mean((0, 1)) - b.mean((0, 1))).max() < 2
+
+
+def test_a_tile_at_the_last_pixel_is_whole(tmp_path: Path) -> None:
+    slide = open_slide(ramp(tmp_path / "ramp.png", 449))
+    assert read_tile(slide, (0, 0), tile_spec(224, 0.5), 0.2494).shape == (224, 224, 3)
+
+
+# --- tissue ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["otsu", "hsv"])
+def test_painted_tissue_is_found_where_it_was_painted(slide_path: Path, name: str) -> None:
+    slide = open_slide(slide_path)
+    tissue = find_tissue(slide, tile_spec(tissue=name), 0.5)
+    x, y, w, h = TISSUE_BOX
+    truth = np.zeros(tissue.mask.shape, bool)
+    sx, sy = tissue.scale
+    truth[round(y / sy) : round((y + h) / sy), round(x / sx) : round((x + w) / sx)] = True
+    overlap = (truth & tissue.mask).sum() / (truth | tissue.mask).sum()
+    assert overlap > 0.9
+    assert tissue.share(slide.info.bounds) == pytest.approx(w * h / (SIZE[0] * SIZE[1]), rel=0.1)
+
+
+def test_none_takes_the_whole_scan(slide_path: Path) -> None:
+    run = tile(slide_path, spec=tile_spec(100, 0.5, tissue="none"), store=Store())
+    assert len(run.tiles) == (SIZE[0] // 100) * (SIZE[1] // 100)
+
+
+def test_the_share_of_a_cut_cell_counts_by_area() -> None:
+    mask = np.zeros((4, 4), bool)
+    mask[1, 1] = True
+    tissue = Tissue(mask, np.zeros((4, 4, 3), np.uint8), (10.0, 10.0))
+    xy = np.array([[10, 10], [15, 10], [15, 15], [30, 30], [5, 5]])
+    assert tissue.fraction(xy, (10, 10)).tolist() == [1.0, 0.5, 0.25, 0.0, 0.25]
+    assert tissue.share((0, 0, 40, 40)) == pytest.approx(1 / 16)
+
+
+def test_min_tissue_keeps_what_reaches_it(slide_path: Path) -> None:
+    counts = []
+    for least in (0.0, 0.25, 0.5, 1.0):
+        spec = tile_spec(100, 0.5, min_tissue=least)
+        counts.append(len(tile(slide_path, spec=spec, store=Store()).tiles))
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1] > 0
+    assert counts[0] < 15 * 11  # no tile without tissue, even at 0
+
+
+def test_an_empty_slide_gives_no_tile_and_says_why(tmp_path: Path) -> None:
+    path = synthetic.slide(tmp_path / "glass.svs", synthetic.picture(900, 900, (0, 0, 0, 0)))
+    run = tile(path, store=Store())
+    assert len(run.tiles) == 0
+    assert "0.0% of the scan is tissue" in run.warnings[0]
+    assert "--min-tissue" in run.warnings[0]
+
+
+def test_a_scan_smaller_than_a_tile_says_so(slide_path: Path) -> None:
+    run = tile(slide_path, spec=tile_spec(224, 8), store=Store())
+    assert "750 x 550 um, a tile needs 1792 um" in run.warnings[-1]
+
+
+def test_a_black_background_is_not_called_tissue(tmp_path: Path) -> None:
+    pixels = np.zeros((900, 900, 3), np.uint8)
+    pixels[300:500, 300:500, 2] = 200
+    path = synthetic.slide(tmp_path / "fluo.svs", pixels)
+    run = tile(path, store=Store())
+    assert len(run.tiles) == 0
+    assert "fluorescence" in run.warnings[0]
+    assert len(run.warnings) == 1
+
+
+def test_a_coarse_scan_brings_a_warning(slide_path: Path) -> None:
+    assert any(
+        "upsampled" in w
+        for w in tile(slide_path, spec=tile_spec(128, 0.25), store=Store()).warnings
+    )
+    assert not tile(slide_path, spec=tile_spec(128, 0.49), store=Store()).warnings
+
+
+def test_an_overview_of_a_large_level_is_read_in_stripes(
+    slide_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide = open_slide(slide_path)
+    whole = overview(slide, 10).astype(int)
+    monkeypatch.setattr("pathcli.slides.tissue._READ_PX", 40_000)
+    striped = overview(slide, 10).astype(int)
+    assert whole.shape == striped.shape == (110, 150, 3)
+    assert np.abs(whole - striped).mean() < 2
+
+
+@pytest.mark.parametrize("name", ["otsu", "hsv", "none"])
+def test_a_tissue_method_is_built_from_its_parameters(name: str) -> None:
+    spec = tile_spec(tissue=name)
+    assert method(name, **spec.tissue_params) == method(name)
+
+
+# --- store, pictures, GeoJSON ------------------------------------------------------------
+
+
+def test_the_second_run_comes_from_the_store_and_another_mpp_does_not(
+    slide_path: Path, store: Store
+) -> None:
+    assert not tile(slide_path, store=store).cached
+    again = tile(slide_path, store=store)
+    assert again.cached
+    assert again.tiles.tissue_share > 0
+    assert not tile(slide_path, store=store, mpp=0.25).cached
+    assert not tile(slide_path, store=store, spec=tile_spec(min_tissue=0.4)).cached
+    moved = slide_path.rename(slide_path.parent / "sub.svs").rename(slide_path)
+    assert tile(moved, store=store).cached
+    assert len(store.tiles) == 3
+
+
+def test_the_store_keeps_a_card_of_the_slide(slide_path: Path, store: Store) -> None:
+    run = tile(slide_path, store=store, mpp=0.25, mpp_source="csv")
+    card = store.slides()[run.tiles.item]
+    assert (card["mpp"], card["mpp_used"], card["mpp_source"]) == (0.5, 0.25, "csv")
+    assert card["last_seen"] == str(slide_path)
+
+
+def test_the_overview_shows_tissue_where_it_is(slide_path: Path, tmp_path: Path) -> None:
+    run = tile(slide_path, store=Store(), out=tmp_path / "out")
+    assert run.overview
+    drawn = np.asarray(Image.open(run.overview))
+    assert max(drawn.shape) == overlay.LONG_SIDE
+    green = np.argwhere((np.abs(drawn.astype(int) - overlay.CONTOUR).sum(2)) < 30)
+    scale = overlay.LONG_SIDE / SIZE[0]
+    x, y, w, h = TISSUE_BOX
+    assert np.allclose(green.min(0)[::-1] / scale, (x, y), atol=25)
+    assert np.allclose(green.max(0)[::-1] / scale, (x + w, y + h), atol=25)
+
+
+def test_polygons_have_holes_and_geojson_starts_at_the_bounds(tmp_path: Path) -> None:
+    mask = np.zeros((40, 40), bool)
+    mask[10:30, 10:30] = True
+    mask[16:24, 16:24] = False
+    tissue = Tissue(mask, np.zeros((40, 40, 3), np.uint8), (8.0, 8.0))
+    (island,) = polygons(tissue)
+    assert len(island) == 2
+    assert np.allclose(island[0].min(0), 80, atol=4)
+    assert np.allclose(island[0].max(0), 240, atol=4)
+    assert np.allclose([island[1].min(), island[1].max()], [128, 192], atol=6)
+    write_geojson(tmp_path / "t.geojson", tissue, (50, 20, 200, 200))
+    (feature,) = json.loads((tmp_path / "t.geojson").read_text())["features"]
+    ring = np.array(feature["geometry"]["coordinates"][0])
+    assert (ring[0] == ring[-1]).all()
+    assert np.allclose(ring.min(0), (30, 60), atol=4)
+    assert feature["properties"]["objectType"] == "annotation"
+
+
+def test_an_empty_mask_has_no_polygon() -> None:
+    assert polygons(Tissue(np.zeros((9, 9), bool), np.zeros((9, 9, 3), np.uint8), (1.0, 1.0))) == []
+
+
+# --- real slides -------------------------------------------------------------------------
+
+
+@pytest.mark.data
+def test_svs_and_dicom_of_one_region_agree_on_tissue_and_tiles(data: Path, store: Store) -> None:
+    paths = [data / "slides" / "cmu-1-small-region.svs"]
+    paths.append(Path(discover([str(data / "slides" / "cmu-1-dicom")])[0].path))
+    spec = tile_spec()
+    masks = [find_tissue(open_slide(p), spec, 0.499).mask for p in paths]
+    assert (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum() >= 0.95
+    sets = [{tuple(p) for p in tile(p, store=store).tiles.xy} for p in paths]
+    assert len(sets[0] & sets[1]) / len(sets[0] | sets[1]) >= 0.95
+
+
+@pytest.mark.data
+def test_a_fluorescence_slide_says_so(data: Path, store: Store) -> None:
+    run = tile(data / "slides" / "fluorescence-dapi.ndpi", store=store)
+    assert len(run.tiles) == 0
+    assert "fluorescence" in run.warnings[0]
+    spec = replace(tile_spec(tissue="none"))
+    assert len(tile(data / "slides" / "fluorescence-dapi.ndpi", store=store, spec=spec).tiles) > 50
