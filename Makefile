@@ -27,6 +27,7 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+	$(BIN)/python -m pathcli.cli.reference README.md
 
 bench: install
 	$(BIN)/python benchmarks/embedding.py
