@@ -12,7 +12,8 @@ import typer
 from typer.core import TyperGroup
 
 from pathcli import __version__
-from pathcli.types import PathcliError
+from pathcli.registry import did_you_mean
+from pathcli.types import PathcliError, UsageError
 
 COMMANDS = {
     "tile": "Cut slides into tiles on tissue, and show where.",
@@ -34,10 +35,15 @@ class LazyGroup(TyperGroup):
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401
-        """Import and return one command, or None."""
+        """Import and return one command.
+
+        Raises:
+            UsageError: there is none of this name.
+        """
         del ctx
         if cmd_name not in COMMANDS:
-            return None
+            msg = f"no command is called {cmd_name!r}: {did_you_mean(cmd_name, list(COMMANDS))}"
+            raise UsageError(msg)
         command = typer.main.get_command(import_module(f"pathcli.cli.{cmd_name}").app)
         command.name = cmd_name
         return command
@@ -86,8 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("pathcli").setLevel(logging.DEBUG if debug else logging.INFO)
+    _listen(debug=debug)
     try:
         app(args=given, prog_name="pathcli")
     except KeyboardInterrupt:
@@ -98,6 +103,13 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         _fail(error, as_json="--json" in given)
+
+
+def _listen(*, debug: bool) -> None:
+    """Show the library's own messages on stderr, and those of other libraries only to debug."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger().setLevel(logging.DEBUG if debug else logging.CRITICAL)
+    logging.getLogger("pathcli").setLevel(logging.DEBUG if debug else logging.INFO)
 
 
 def _fail(error: Exception, *, as_json: bool) -> None:

@@ -16,7 +16,7 @@ from pathcli.types import PathcliError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pathcli.slides.discover import Found
+    from pathcli.slides.discovery import Found
     from pathcli.types import Progress
 
 log = logging.getLogger("pathcli")

@@ -9,7 +9,8 @@ import typer
 from pathcli.cli import options as o
 
 if TYPE_CHECKING:
-    from pathcli.slides.discover import Found
+    from pathcli.encoders.embedding import Embedder
+    from pathcli.slides.discovery import Found
     from pathcli.types import Progress, TileSpec
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -50,45 +51,44 @@ def embed(
     --size and --mpp the encoder's own tile is used.
     """
     from pathcli.cli import show  # noqa: PLC0415
-    from pathcli.cli.batch import finish, run_batch  # noqa: PLC0415
-    from pathcli.cli.tile import resolution, row_of  # noqa: PLC0415
     from pathcli.encoders import build_encoder  # noqa: PLC0415
-    from pathcli.encoders.embedding import Embedder, embed_summary  # noqa: PLC0415
-    from pathcli.slides.discover import discover  # noqa: PLC0415
+    from pathcli.encoders.embedding import Embedder  # noqa: PLC0415
+    from pathcli.slides.discovery import discover  # noqa: PLC0415
 
     built = build_encoder(encoder, checkpoint=checkpoint, tokens=tokens, precision=precision)
     spec = o.spec_of(built.native, size, mpp, step, tissue, min_tissue)
     if size is None or mpp is None:
         show.say(native_line(built.name, spec, built.native_source))
-    ready = Embedder(
-        built,
-        o.open_store(store),
-        device=device,
-        batch=batch,
-        workers=workers,
-        max_bad_tiles=max_bad_tiles,
-    )
-    found = discover(slides)
     _ = built.id  # weights that are not here fail the command once, not every slide
+    kept = o.open_store(store)
+    ready = Embedder(
+        built, kept, device=device, batch=batch, workers=workers, max_bad_tiles=max_bad_tiles
+    )
+    tiling = {"spec": spec, "out": out, "overview": overview, "geojson": geojson}
+    _embed_all(discover(slides), ready, slide_mpp, tiling, json=json)
+
+
+def _embed_all(
+    found: list[Found],
+    ready: Embedder,
+    slide_mpp: float | None,
+    tiling: dict[str, Any],
+    *,
+    json: bool,
+) -> None:
+    """Embed slide after slide; print rows and failures, and exit with the batch's code."""
+    from pathcli.cli.batch import finish, run_batch  # noqa: PLC0415
+    from pathcli.cli.tile import resolution, row_of  # noqa: PLC0415
+    from pathcli.encoders.embedding import embed_summary  # noqa: PLC0415
 
     def work(slide: Found, progress: Progress) -> dict[str, Any]:
-        given, source = resolution(slide, slide_mpp)
-        return embed_summary(
-            ready(
-                slide.path,
-                spec=spec,
-                progress=progress,
-                mpp=given,
-                mpp_source=source,
-                out=out,
-                overview=overview,
-                geojson=geojson,
-            )
-        )
+        mpp, source = resolution(slide, slide_mpp)
+        run = ready(slide.path, progress=progress, mpp=mpp, mpp_source=source, **tiling)
+        return embed_summary(run)
 
-    done = run_batch(found, work, out)
+    done = run_batch(found, work, tiling["out"])
     rows = [row_of(r) | features_of(r) for r in done.results]
-    finish(done, rows, as_json=json, out=out)
+    finish(done, rows, as_json=json, out=tiling["out"])
 
 
 def native_line(name: str, spec: TileSpec, source: str) -> str:

@@ -9,7 +9,7 @@ import typer
 from pathcli.cli import options as o
 
 if TYPE_CHECKING:
-    from pathcli.slides.discover import Found
+    from pathcli.slides.discovery import Found
     from pathcli.types import Progress
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -35,7 +35,7 @@ def tile(
     A tile covers size x mpp micrometres, whatever the slide's own resolution.
     """
     from pathcli.cli.batch import finish, run_batch  # noqa: PLC0415
-    from pathcli.slides.discover import discover  # noqa: PLC0415
+    from pathcli.slides.discovery import discover  # noqa: PLC0415
     from pathcli.slides.tiling import summary, tile_spec  # noqa: PLC0415
     from pathcli.slides.tiling import tile as cut  # noqa: PLC0415
 

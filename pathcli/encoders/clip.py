@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import re
@@ -57,8 +58,8 @@ class OpenClipEncoder:
         """
         known = architectures()
         if model not in known:
-            near = [n for n in known if n.lower().startswith(model.lower()[:5])] or list(known)
-            msg = f"open_clip has no architecture {model!r}: {did_you_mean(model, near[:12])}"
+            near = difflib.get_close_matches(model, known, n=8, cutoff=0.4) or list(known)[:8]
+            msg = f"open_clip has no architecture {model!r}: {did_you_mean(model, near)}"
             raise UsageError(msg)
         self.name = f"open_clip_{model}"
         self.model, self.checkpoint = model, checkpoint

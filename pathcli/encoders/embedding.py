@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,8 +101,7 @@ class Embedder:
             ResourceError: no weights, no space, or another process is embedding it.
         """
         start = time.perf_counter()
-        slide = open_slide(path)
-        try:
+        with closing(open_slide(path)) as slide:
             tiling_run = tile_slide(slide, spec or self.encoder.native, self.store, **tiling)
             tiles = tiling_run.tiles
             key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, self.encoder.id)
@@ -110,8 +110,6 @@ class Embedder:
                 with self.store.features.lock(key):
                     if key not in self.store.features:
                         encoded = self._fill(slide, tiles, progress or _silent)
-        finally:
-            slide.close()
         return self._report(tiling_run, key, encoded, time.perf_counter() - start)
 
     def _report(self, tiling: TileRun, key: Key, encoded: int, seconds: float) -> EmbedRun:

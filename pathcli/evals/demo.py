@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from contextlib import closing
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -117,8 +118,7 @@ def _pictures(
     path: Path | str, run: EmbedRun, labels: NDArray[np.int64], order: NDArray[np.int64]
 ) -> list[Section]:
     """Draw overview, map and one strip of typical tiles per group."""
-    slide = open_slide(path)
-    try:
+    with closing(open_slide(path)) as slide:
         tiles = run.tiling.tiles
         tissue = find_tissue(slide, tiles.spec, tiles.slide_mpp)
         seen = labels >= 0
@@ -141,8 +141,6 @@ def _pictures(
             )
             for group in range(labels.max() + 1)
         ]
-    finally:
-        slide.close()
     return [
         Section("What was cut, and what looks alike", pictures=[overview, mapped]),
         Section("Typical tiles of each group", pictures=strips),

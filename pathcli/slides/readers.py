@@ -179,19 +179,25 @@ class OpenSlideReader:
         return np.asarray(np.rint(mixed), np.uint8)
 
     def _retry(self, failed: Any, xy: tuple[int, int], level: int, size: tuple[int, int]) -> Any:  # noqa: ANN401
-        """Read again through a fresh handle: one error makes a handle useless for ever."""
+        """Read through a handle of its own: one error makes a handle useless for everyone.
+
+        The shared handle is renewed too, but another thread's bad region may spoil it again
+        before this one reads.
+        """
+        if not Path(self.path).exists():
+            msg = f"{self.path}: the file is gone"
+            raise DataError(msg)
         with self._lock:
-            if not Path(self.path).exists():
-                msg = f"{self.path}: the file is gone"
-                raise DataError(msg)
             if self._handle is failed:
                 self._handle = self._open()
-            fresh = self._handle
+        own = self._open()
         try:
-            return fresh.read_region(xy, level, size)
+            return own.read_region(xy, level, size)
         except self._openslide.OpenSlideError as error:
             msg = f"{self.path}: region {xy} of level {level} cannot be decoded ({error})"
             raise DataError(msg) from error
+        finally:
+            own.close()
 
     def close(self) -> None:
         """Release the file."""
@@ -225,6 +231,7 @@ class TiffSlideReader:
             msg = f"{path}: tiffslide: {_one_line(error)}"
             raise DataError(msg) from error
         if probe.shape != (1, 1, 3) or probe.dtype != np.uint8:
+            handle.close()
             msg = f"{path}: tiffslide: not 8-bit RGB (a pixel is {probe.dtype} {probe.shape[2:]})"
             raise DataError(msg)
         self._handle = handle

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +100,7 @@ def tile(
         DataError: not a slide, or no usable resolution.
         ResourceError: the store cannot be written.
     """
-    slide = open_slide(path)
-    try:
+    with closing(open_slide(path)) as slide:
         return tile_slide(
             slide,
             spec or tile_spec(),
@@ -111,8 +111,6 @@ def tile(
             overview=overview,
             geojson=geojson,
         )
-    finally:
-        slide.close()
 
 
 def tile_slide(

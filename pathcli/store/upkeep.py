@@ -43,8 +43,9 @@ def verify(store: Store) -> Iterator[Finding]:
         if path.suffix == ".part" and depth[0] in _DEPTH and len(depth) == _DEPTH[depth[0]]:
             yield _temporary(path)
         elif path.suffix == ".lease" and len(depth) == _DEPTH.get(depth[0]):
-            if not part_path(path.with_suffix("")).exists():
-                yield _temporary(path)
+            found = _temporary(path)  # beside a pending temporary a lease is no news
+            if found.state == "stale" or not part_path(path.with_suffix("")).exists():
+                yield found
         elif _DEPTH.get(depth[0]) == len(depth) and path.suffix == _SUFFIX[depth[0]]:
             yield _entry(path, depth[0])
         else:
@@ -75,10 +76,13 @@ def _temporary(path: Path) -> Finding:
     holder = lease_path(entry)
     beats = [p.stat().st_mtime for p in (holder, path) if p.exists()]
     quiet_s = time.time() - max(beats, default=0.0)
-    if (holder.exists() and not lapsed(holder)) or quiet_s <= LAPSE_S:
-        return Finding(
-            path, "pending", "being written, or just killed: the same command resumes it"
-        )
+    alive = holder.exists() and not lapsed(holder)
+    if entry.exists() and not alive:
+        detail = "left beside a finished entry; run: pathcli store prune"
+        return Finding(path, "stale", detail)
+    if alive or quiet_s <= LAPSE_S:
+        detail = "being written, or just killed: the same command resumes it"
+        return Finding(path, "pending", detail)
     detail = f"untouched for {quiet_s / 60:.0f} min: rerun its command, or pathcli store prune"
     return Finding(path, "stale", detail)
 
