@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic
+from hypothesis import settings
 
 from pathcli import registry, slides
 from pathcli.store import Store
@@ -19,6 +20,9 @@ from pathcli.weights import find
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # both are read once, when the hub's client is imported
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="pathcli-no-hub-")
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 DATA = Path(os.environ.get("PATHCLI_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SIZE = (1500, 1100)

@@ -66,6 +66,19 @@ def test_a_sixteen_bit_image_is_refused(tmp_path: Path) -> None:
         open_slide(tmp_path / "deep.png")
 
 
+def test_a_remote_tiff_is_read_through_fsspec(slide_path: Path) -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/bucket/far.tiff", slide_path.read_bytes())
+    far, near = open_slide("memory://bucket/far.tiff"), open_slide(slide_path)
+    assert (far.info.reader, far.info.mpp) == ("tiffslide", 0.5)
+    assert far.info.item.startswith("far-")
+    regions = [s.read((300, 250), 0, (100, 80)).astype(int) for s in (far, near)]
+    assert np.abs(regions[0] - regions[1]).max() <= 1
+    with pytest.raises(DataError, match="memory://bucket/none"):
+        open_slide("memory://bucket/none.tiff")
+
+
 @pytest.mark.parametrize("name", ["x.svs", "x.png", "x.ndpi", "x.ome.tif"])
 @pytest.mark.parametrize("body", [b"", b"not a slide at all" * 99])
 def test_what_is_no_slide_says_so_in_one_line(tmp_path: Path, name: str, body: bytes) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pathcli.slides import discover, overlay
+from pathcli.slides import discover, overlay, readers
 from pathcli.slides.geojson import polygons, write_geojson
 from pathcli.slides.tiling import grid, read_tile, tile, tile_spec
 from pathcli.slides.tissue import Tissue, find_tissue, method, overview
@@ -232,6 +232,48 @@ def test_polygons_have_holes_and_geojson_starts_at_the_bounds(tmp_path: Path) ->
 
 def test_an_empty_mask_has_no_polygon() -> None:
     assert polygons(Tissue(np.zeros((9, 9), bool), np.zeros((9, 9, 3), np.uint8), (1.0, 1.0))) == []
+
+
+@pytest.fixture
+def bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A plain image that says, as MRXS slides do, that only part of it was scanned."""
+    bounds = (300, 200, 900, 700)
+    real = readers.ImageReader.__init__
+
+    def init(self: readers.ImageReader, path: Path | str) -> None:
+        real(self, path)
+        self.info = replace(self.info, bounds=bounds)
+
+    monkeypatch.setattr(readers.ImageReader, "__init__", init)
+    pixels = np.full((1100, 1500, 3), 255, np.uint8)
+    pixels[200:900, 300:1200] = synthetic.picture(900, 700, (100, 100, 500, 400))
+    Image.fromarray(pixels).save(tmp_path / "bounded.png")
+    return tmp_path / "bounded.png"
+
+
+def test_bounds_crop_pictures_and_shift_geojson_but_not_tiles(bounded: Path, store: Store) -> None:
+    run = tile(
+        bounded, spec=tile_spec(64, 0.5), store=store, mpp=0.5, out=bounded.parent, geojson=True
+    )
+    assert run.overview
+    assert run.geojson
+    tissue0 = np.array([400, 300, 900, 700])  # level-0 pixels of the whole image
+    centres = run.tiles.xy + 32
+    assert ((centres > tissue0[:2] - 20) & (centres < tissue0[2:] + 20)).all()
+    assert (run.tiles.xy % 64 == 0).all()  # the grid starts at level 0, not at the bounds
+    assert run.tiles.tissue_share == pytest.approx(500 * 400 / (900 * 700), rel=0.15)
+    with Image.open(run.overview) as drawn:
+        assert drawn.width / drawn.height == pytest.approx(900 / 700, rel=0.01)
+    (feature,) = json.loads(run.geojson.read_text())["features"]
+    ring = np.array(feature["geometry"]["coordinates"][0])
+    assert np.allclose(ring.min(0), (100, 100), atol=25)
+    assert np.allclose(ring.max(0), (600, 500), atol=25)
+
+
+def test_no_tissue_rule_still_stays_inside_the_bounds(bounded: Path, store: Store) -> None:
+    run = tile(bounded, spec=tile_spec(100, 0.5, tissue="none"), store=store, mpp=0.5)
+    assert run.tiles.xy.min(0).tolist() == [300, 200]
+    assert (run.tiles.xy.max(0) + 100).tolist() == [1200, 900]
 
 
 # --- real slides -------------------------------------------------------------------------

@@ -38,14 +38,20 @@ class Speed(ProgressColumn):
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[int, str], Callable[[int, int], None]]]:
-    """Show one bar on stderr; yields a function (number, name) -> progress callback."""
+    """Show one bar on a terminal's stderr; yields a function (number, name) -> callback."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed())
     bars = Progress(*columns, TimeRemainingColumn(), console=err, transient=True)
-    handler = RichHandler(console=err, show_time=False, show_path=False, show_level=False)
+    bars.disable = not err.is_terminal
     root = logging.getLogger()
-    plain, root.handlers = root.handlers, [handler]
+    plain = root.handlers
+    if err.is_terminal:  # messages go above the bar
+        root.handlers = [
+            RichHandler(console=err, show_time=False, show_path=False, show_level=False)
+        ]
 
     def start(number: int, name: str) -> Callable[[int, int], None]:
+        if bars.disable and total > 1:  # a log file wants a line a slide, not a bar
+            say(f"{number}/{total} {name}")
         for known in bars.task_ids:
             bars.remove_task(known)
         bar = bars.add_task(f"{number}/{total} {name[-40:]}", total=None)
