@@ -209,6 +209,35 @@ def test_the_lease_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
         pass
 
 
+CONTENDER = """
+import sys, pathlib, time, pathcli.store.lease as l
+entry = pathlib.Path(sys.argv[1])
+for _ in range(200):
+    try:
+        with l.lease(entry):
+            with open(entry, "x"): pass
+            time.sleep(0.001)
+            entry.unlink()
+    except l.BusyError:
+        time.sleep(0.001)
+    dead = l.lease_path(entry)
+    try:  # leave the lease of a dead process behind, as a kill would
+        with open(dead, "x") as file:
+            file.write('{"host": "%s", "pid": 999999999}' % l.socket.gethostname())
+    except FileExistsError: pass
+"""
+
+
+@pytest.mark.slow
+def test_a_dead_lease_is_taken_over_by_one_process_only(tmp_path: Path) -> None:
+    # each holder creates a file that must not exist: two holders at once would fail
+    command = [sys.executable, "-c", CONTENDER, str(tmp_path / "entry")]
+    children = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(4)]
+    for child in children:
+        _, err = child.communicate()
+        assert child.returncode == 0, err.decode()
+
+
 def test_a_lease_of_another_host_lapses_with_its_heartbeat(tmp_path: Path) -> None:
     path = leases.lease_path(tmp_path / "e.h5")
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1}))

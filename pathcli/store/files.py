@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -90,12 +91,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_bytes(entry: Path, data: bytes, verify: Callable[[Path], object]) -> None:
-    """Write a small file whole or not at all.
+    """Write a small file whole or not at all; of two writers at once the last one stays.
 
     Raises:
         ResourceError: the disk is full, or the folder may not be written.
     """
-    part = part_path(entry)
+    part = part_path(entry.with_name(f"{entry.name}.{os.getpid()}-{threading.get_ident()}"))
     with disk_errors(entry):
         entry.parent.mkdir(parents=True, exist_ok=True)
         try:

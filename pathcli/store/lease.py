@@ -71,8 +71,26 @@ def lapsed(path: Path) -> bool:
     return quiet_s > (LAPSE_S if owner else BIRTH_S)
 
 
-def _take(path: Path) -> None:
-    """Create the lease file, taking it over when its owner is gone."""
+def _clear(path: Path) -> None:
+    """Remove a lapsed lease, one process at a time: nobody may remove its successor's."""
+    turn = lease_path(path)
+    try:
+        os.close(os.open(turn, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError:
+        with suppress(FileNotFoundError):
+            if time.time() - turn.stat().st_mtime > LAPSE_S:
+                turn.unlink()
+        time.sleep(BIRTH_S / 10)
+        return
+    try:
+        if lapsed(path):
+            path.unlink(missing_ok=True)
+    finally:
+        turn.unlink(missing_ok=True)
+
+
+def _take(path: Path) -> dict[str, Any]:
+    """Create the lease file, taking it over when its owner is gone; return what it says."""
     me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
     deadline = time.monotonic() + 2 * BIRTH_S
     while True:
@@ -80,8 +98,7 @@ def _take(path: Path) -> None:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             if lapsed(path):
-                with suppress(FileNotFoundError):
-                    path.unlink()
+                _clear(path)
             elif _read(path) or time.monotonic() > deadline:
                 break
             else:
@@ -89,7 +106,7 @@ def _take(path: Path) -> None:
             continue
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(me, file)
-        return
+        return me
     owner = _read(path)
     msg = (
         f"{path.name.removesuffix('.lease')}: being written by process {owner.get('pid')} on "
@@ -106,7 +123,7 @@ def lease(entry: Path) -> Iterator[None]:
         BusyError: a living process holds it.
     """
     path = lease_path(entry)
-    _take(path)
+    mine = _take(path)
     done = threading.Event()
 
     def beat() -> None:
@@ -121,5 +138,5 @@ def lease(entry: Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        with suppress(FileNotFoundError):
-            path.unlink()
+        if _read(path) == mine:
+            path.unlink(missing_ok=True)

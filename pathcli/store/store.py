@@ -56,11 +56,7 @@ class TileEntries(Mapping[Key, Tiles]):
 
     def __setitem__(self, key: Key, tiles: Tiles) -> None:
         """Write one entry whole or not at all."""
-        path = self.path(key)
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with lease(path):
-                write_tiles(path, tiles)
+        write_tiles(self.path(key), tiles)
 
     def __iter__(self) -> Iterator[Key]:
         """Yield the keys of all finished entries."""
