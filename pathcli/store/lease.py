@@ -59,7 +59,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def lapsed(path: Path) -> bool:
-    """Tell whether the lease file at `path` no longer has a living owner."""
+    """Tell whether the lease file at `path` has no living owner any more; no file, no lapse."""
     owner = _read(path)
     if owner.get("host") == socket.gethostname() and isinstance(owner.get("pid"), int):
         pid = owner["pid"]
@@ -67,7 +67,7 @@ def lapsed(path: Path) -> bool:
     try:
         quiet_s = time.time() - path.stat().st_mtime
     except FileNotFoundError:
-        return True
+        return False
     return quiet_s > (LAPSE_S if owner else BIRTH_S)
 
 
