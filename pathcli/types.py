@@ -57,6 +57,14 @@ class ResourceError(PathcliError):
     exit_code = 5
 
 
+class NewerError(DataError):
+    """Written by a later pathcli than this one; not damaged."""
+
+
+class ForeignError(DataError):
+    """Not written by pathcli."""
+
+
 class BusyError(ResourceError):
     """Another live process is writing the same entry of the store."""
 

@@ -185,6 +185,21 @@ def test_impossible_options_are_usage_errors(
     assert told in err
 
 
+def test_debug_shows_no_header_text(tmp_path: Path, run: Run) -> None:
+    import numpy as np
+    import tifffile
+
+    path = tmp_path / "strip.tif"
+    tifffile.imwrite(path, np.full((300, 300, 3), 200, np.uint8), description="Patient: Jane Doe")
+    out = run("tile", path, "--debug", "--slide-mpp", 1, "--size", 50)
+    assert "Jane" not in "".join(map(str, out))
+
+
+def test_a_file_where_a_folder_is_needed_is_one_line(slide_path: Path, run: Run) -> None:
+    code, _, err = run("tile", slide_path, "--out", slide_path)
+    assert (code, "a file is where a folder is needed" in err) == (2, True)
+
+
 def test_an_unusable_store_is_one_line(slide_path: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "holiday.jpg").touch()
@@ -239,8 +254,8 @@ def test_two_slides_of_one_name_keep_two_entries(
     synthetic.slide(other, synthetic.picture(*SIZE, (0, 0, 500, 500), seed=1))
     assert run("embed", slide_path, other, "--encoder", "fake")[0] == 0
     assert len(Store().features) == 2
-    moved = slide_path.rename(tmp_path / "b" / "x").rename(tmp_path / "elsewhere.svs")
-    moved = moved.rename(slide_path.parent / "b" / "p.svs").rename(slide_path)
+    (tmp_path / "c").mkdir()
+    moved = slide_path.rename(tmp_path / "c" / slide_path.name)
     run("embed", moved, "--encoder", "fake")
     assert len(Store().features) == 2
     run("embed", moved, "--encoder", "fake", "--slide-mpp", 0.25)

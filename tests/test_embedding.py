@@ -108,6 +108,27 @@ def test_too_many_unreadable_tiles_fail_the_slide(
     assert not list(store.features)
 
 
+def test_the_limit_of_bad_tiles_holds_for_every_later_run(
+    slide_path: Path, store: Store, encoder: object, tmp_path: Path
+) -> None:
+    whole = slide_path.read_bytes()
+    synthetic.break_tile(slide_path, 8)
+    spec = tile_spec(32, 0.5, tissue="none")
+    for _ in range(3):
+        with pytest.raises(DataError, match="more than"):
+            embed(slide_path, encoder, store=store, spec=spec, batch=8)  # type: ignore[arg-type]
+    lenient = Embedder(encoder, store, max_bad_tiles=1)  # type: ignore[arg-type]
+    assert any("cannot be read" in w for w in lenient(slide_path, spec=spec).warnings)
+    with pytest.raises(DataError, match="more than"):
+        embed(slide_path, encoder, store=store, spec=spec)  # type: ignore[arg-type]
+    # a repaired copy is read anew, not resumed on top of what the damaged one left
+    other = Store(tmp_path / "other")
+    with pytest.raises(DataError):
+        embed(slide_path, encoder, store=other, spec=spec, batch=8)  # type: ignore[arg-type]
+    slide_path.write_bytes(whole)
+    assert embed(slide_path, encoder, store=other, spec=spec).unreadable == 0  # type: ignore[arg-type]
+
+
 def test_a_slide_that_vanishes_midway_is_named(
     slide_path: Path, store: Store, encoder: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +225,8 @@ def test_a_gpu_gives_the_features_of_the_cpu(slide_path: Path, tmp_path: Path) -
     values = []
     for device in ("cpu", "cuda"):
         kept = Store(tmp_path / device)
-        run = embed(slide_path, build_encoder("lite0"), store=kept, device=device)
+        spec = tile_spec(256, 0.4)  # resized on the device
+        run = embed(slide_path, build_encoder("lite0"), store=kept, spec=spec, device=device)
         values.append(kept.features[run.key].values.astype(np.float32))
     a, b = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in values)
     assert (a * b).sum(1).min() > 0.999

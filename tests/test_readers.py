@@ -97,7 +97,8 @@ def test_two_slides_of_one_name_are_two_items_and_a_moved_one_is_the_same(
     synthetic.slide(other, synthetic.picture(*SIZE, (0, 0, 500, 500), seed=1))
     first = open_slide(slide_path).info.item
     assert open_slide(other).info.item != first
-    moved = slide_path.rename(tmp_path / "other" / "moved.svs").rename(slide_path)
+    (tmp_path / "archive").mkdir()
+    moved = slide_path.rename(tmp_path / "archive" / slide_path.name)
     assert open_slide(moved).info.item == first
 
 
@@ -178,15 +179,63 @@ def test_an_mrxs_and_its_folder_are_one_slide(tmp_path: Path) -> None:
 )
 def test_a_bad_list_is_one_line(tmp_path: Path, text: str, match: str) -> None:
     (tmp_path / "list.csv").write_text(text)
+    (found,) = discover([str(tmp_path / "list.csv")])
     with pytest.raises(DataError, match=match):
-        discover([str(tmp_path / "list.csv")])
+        found.checked()
 
 
-def test_nothing_found_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no slides in this folder"):
-        discover([str(tmp_path)])
-    with pytest.raises(DataError, match="nothing matches"):
-        discover([str(tmp_path / "*.svs")])
+def test_an_input_without_a_slide_is_a_fault_and_the_rest_goes_on(
+    slide_path: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "none").mkdir()
+    found = discover([str(tmp_path / "none"), str(tmp_path / "*.ndpi"), str(slide_path)])
+    faults = [str(f.fault) for f in found]
+    assert "no slides in this folder" in faults[0]
+    assert "nothing matches" in faults[1]
+    assert faults[2] == "None"
+
+
+def test_a_list_may_name_folders(slide_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "case").mkdir()
+    inside = slide_path.rename(tmp_path / "case" / "a.svs")
+    (tmp_path / "list.csv").write_text("wsi,mpp\ncase,0.3\n")
+    (found,) = discover([str(tmp_path / "list.csv")])
+    assert (found.path, found.mpp) == (inside, 0.3)
+
+
+@pytest.mark.parametrize(
+    "body", [b"DICM" * 50, b"\0" * 128 + b"DICM" + b"\x08\0\x18\0UI\xff\xff" * 9]
+)
+def test_a_damaged_dicom_is_one_line_that_quotes_no_header(tmp_path: Path, body: bytes) -> None:
+    (tmp_path / "case").mkdir()
+    (tmp_path / "case" / "a.dcm").write_bytes(body + b"Jane Doe")
+    (found,) = discover([str(tmp_path / "case")])
+    with pytest.raises(DataError) as caught:
+        open_slide(found.path)
+    assert "Jane" not in str(caught.value)
+
+
+def test_an_address_is_shown_without_its_secrets() -> None:
+    with pytest.raises(DataError) as caught:
+        open_slide("memory://user:pw@bucket/none.tiff?X-Amz-Signature=SECRET")
+    assert "memory://bucket/none.tiff" in str(caught.value)
+    for hidden in ("SECRET", "pw@"):
+        assert hidden not in str(caught.value)
+
+
+def test_pixels_that_are_not_square_are_not_averaged(tmp_path: Path) -> None:
+    import tifffile
+
+    with tifffile.TiffWriter(tmp_path / "flat.tiff") as file:
+        file.write(
+            synthetic.picture(600, 500, (0, 0, 300, 300)),
+            resolution=(1e4 / 0.25, 1e4 / 0.5),
+            resolutionunit="CENTIMETER",
+            tile=(256, 256),
+            compression="jpeg",
+            metadata=None,
+        )
+    assert open_slide(tmp_path / "flat.tiff").info.mpp is None
 
 
 # --- real slides -------------------------------------------------------------------------
@@ -201,6 +250,23 @@ def test_twelve_dicom_files_are_one_slide(data: Path) -> None:
     assert len(one) == 1
     assert discover([str(f) for f in files]) == one
     assert open_slide(one[0].path).info.item.startswith("cmu-1-dicom-")
+
+
+@pytest.mark.data
+def test_the_largest_image_of_a_series_decides_on_its_colours(data: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from pydicom import dcmread
+
+    folder = Path(shutil.copytree(data / "slides" / "cmu-1-dicom", tmp_path / "case"))
+    small = dcmread(folder / "level-11-frames-0-1.dcm")
+    small.PhotometricInterpretation = "YBR_FULL_422"  # rightly named, and listed first
+    (folder / "level-11-frames-0-1.dcm").unlink()
+    small.save_as(folder / "0000.dcm")
+    slides = [open_slide(folder / n) for n in ("0000.dcm", "level-0-frames-0-30.dcm")]
+    regions = [s.read((900, 900), 0, (200, 200)) for s in slides]
+    assert (regions[0] == regions[1]).all()
+    assert slides[0].info.item == slides[1].info.item
 
 
 @pytest.mark.data

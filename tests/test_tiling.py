@@ -88,6 +88,23 @@ def test_a_tile_at_the_last_pixel_is_whole(tmp_path: Path) -> None:
     assert read_tile(slide, (0, 0), tile_spec(224, 0.5), 0.2494).shape == (224, 224, 3)
 
 
+def test_a_coarse_level_is_read_from_the_right_fraction_of_a_pixel(tmp_path: Path) -> None:
+    grey = ((np.arange(1600) - 395) * 0.9).clip(0, 255)
+    pixels = np.tile(grey.round()[None, :, None], (1200, 1, 3)).astype(np.uint8)
+    path = synthetic.slide(tmp_path / "ramp.tiff", pixels, aperio=False)
+    spec = tile_spec(64, 2.0)  # level 2, four level-0 pixels each
+    for reader in ("openslide", "tiffslide"):
+        slide = open_slide(path, reader)
+        assert slide.downsamples == (1.0, 2.0, 4.0)
+        offs = []
+        for corner in (400, 401, 402, 403):
+            seen = read_tile(slide, (corner, corner), spec, 0.5).astype(float)
+            centre = (corner - 395 + (np.arange(64) + 0.5) * 4 - 0.5) * 0.9
+            offs.append((seen[:, :, 0].mean(0) - centre).mean() / 0.9)  # in level-0 pixels
+        assert np.ptp(offs) < 0.7, (reader, offs)
+        assert np.abs(offs).max() < 1.5, (reader, offs)
+
+
 # --- tissue ------------------------------------------------------------------------------
 
 
@@ -141,6 +158,20 @@ def test_a_scan_smaller_than_a_tile_says_so(slide_path: Path) -> None:
     assert "750 x 550 um, a tile needs 1792 um" in run.warnings[-1]
 
 
+def test_a_full_tile_counts_as_full(slide_path: Path) -> None:
+    spec = tile_spec(37, 0.31, tissue="none", min_tissue=1.0)
+    slide = open_slide(slide_path)
+    assert len(tile(slide_path, spec=spec).tiles) == len(grid(spec, 0.5, slide.info.bounds))
+
+
+def test_black_padding_around_a_stained_slide_is_not_fluorescence(tmp_path: Path) -> None:
+    pixels = np.zeros((1400, 1400, 3), np.uint8)
+    pixels[:900, :900] = synthetic.picture(900, 900, (200, 200, 400, 400))
+    run = tile(synthetic.slide(tmp_path / "padded.svs", pixels), spec=tile_spec(64, 0.5))
+    assert 20 < len(run.tiles) < 60
+    assert run.tiles.xy.max() < 620
+
+
 def test_a_black_background_is_not_called_tissue(tmp_path: Path) -> None:
     pixels = np.zeros((900, 900, 3), np.uint8)
     pixels[300:500, 300:500, 2] = 200
@@ -188,7 +219,8 @@ def test_the_second_run_comes_from_the_store_and_another_mpp_does_not(
     assert again.tiles.tissue_share > 0
     assert not tile(slide_path, store=store, mpp=0.25).cached
     assert not tile(slide_path, store=store, spec=tile_spec(min_tissue=0.4)).cached
-    moved = slide_path.rename(slide_path.parent / "sub.svs").rename(slide_path)
+    (slide_path.parent / "sub").mkdir()
+    moved = slide_path.rename(slide_path.parent / "sub" / slide_path.name)
     assert tile(moved, store=store).cached
     assert len(store.tiles) == 3
 

@@ -108,7 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _listen(*, debug: bool) -> None:
     """Show the library's own messages on stderr, and those of other libraries only to debug."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger().setLevel(logging.DEBUG if debug else logging.CRITICAL)
+    # other libraries never at DEBUG: they print headers, and a header can name a patient
+    logging.getLogger().setLevel(logging.WARNING if debug else logging.CRITICAL)
     logging.getLogger("pathcli").setLevel(logging.DEBUG if debug else logging.INFO)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from pathcli.cli import explain, show
+from pathcli.slides.readers import public_name
 from pathcli.types import PathcliError
 
 if TYPE_CHECKING:
@@ -47,17 +48,17 @@ def run_batch(
     batch = Batch()
     with show.progress(len(slides)) as start:
         for number, found in enumerate(slides, start=1):
-            name = Path(str(found.path)).name
+            shown = public_name(found.path)
+            step = start(number, Path(shown).name)
             try:
-                batch.results.append(work(found, start(number, name)))
+                batch.results.append(work(found.checked(), step))
             except PathcliError as error:
-                batch.failures.append((str(found.path), error.exit_code, str(error)))
+                batch.failures.append((shown, error.exit_code, str(error)))
             except MemoryError:
-                reason = f"{found.path}: out of memory"
-                batch.failures.append((str(found.path), 5, reason))
+                batch.failures.append((shown, 5, f"{shown}: out of memory"))
             except Exception as error:  # the batch goes on; the code is not 0
-                log.debug("%s", found.path, exc_info=error)
-                batch.failures.append((str(found.path), 1, f"{found.path}: {explain(error)}"))
+                log.debug("%s", shown, exc_info=error)
+                batch.failures.append((shown, 1, f"{shown}: {explain(error)}"))
     if batch.failures and len(slides) > 1:
         _write_failures(batch, out)
     return batch

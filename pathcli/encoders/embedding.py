@@ -11,7 +11,7 @@ import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,14 @@ import numpy as np
 from pathcli.slides.readers import open_slide
 from pathcli.slides.tiling import TileRun, read_tile, summary, tile_slide
 from pathcli.store import Store
-from pathcli.types import DataError, Encoder, Key, ResourceError, TileStatus
+from pathcli.types import BusyError, DataError, Encoder, Key, ResourceError, TileStatus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
+    from pathcli.store.hdf5 import FeatureWriter
     from pathcli.types import ByteArray, Progress, Slide, Tiles, TileSpec
 
 log = logging.getLogger("pathcli")
@@ -102,37 +103,40 @@ class Embedder:
         """
         start = time.perf_counter()
         with closing(open_slide(path)) as slide:
-            tiling_run = tile_slide(slide, spec or self.encoder.native, self.store, **tiling)
-            tiles = tiling_run.tiles
-            key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, self.encoder.id)
+            run = tile_slide(slide, spec or self.encoder.native, self.store, **tiling)
+            key = replace(run.tiles.key, encoder=self.encoder.id)
             encoded = 0
-            if len(tiles) and key not in self.store.features:
-                with self.store.features.lock(key):
-                    if key not in self.store.features:
-                        encoded = self._fill(slide, tiles, progress or _silent)
-        return self._report(tiling_run, key, encoded, time.perf_counter() - start)
-
-    def _report(self, tiling: TileRun, key: Key, encoded: int, seconds: float) -> EmbedRun:
-        warnings = list(tiling.warnings)
-        shape: tuple[int, ...] = ()
-        bad = 0
-        if tiling.tiles.spec.size_px < self.encoder.input_px:
-            warnings.append(
-                f"tiles of {tiling.tiles.spec.size_px} px are enlarged to the encoder's "
-                f"{self.encoder.input_px} px"
-            )
-        if len(tiling.tiles):
-            shape, bad = self.store.features.shape(key)
+            if len(run.tiles) and key not in self.store.features:
+                encoded = self._make(slide, run.tiles, key, progress or _silent)
+            shape, bad = self.store.features.shape(key) if len(run.tiles) else ((), 0)
+            self._refuse_if_bad(slide, bad, len(run.tiles))
         return EmbedRun(
-            tiling=tiling,
+            tiling=run,
             key=key,
-            tiles=len(tiling.tiles),
+            tiles=len(run.tiles),
             encoded=encoded,
             unreadable=bad,
             row_shape=shape,
-            seconds=seconds,
-            warnings=tuple(warnings),
+            seconds=time.perf_counter() - start,
+            warnings=(*run.warnings, *self._warnings(run.tiles, bad)),
         )
+
+    def _warnings(self, tiles: Tiles, bad: int) -> Iterator[str]:
+        if tiles.spec.size_px < self.encoder.input_px:
+            yield (
+                f"tiles of {tiles.spec.size_px} px are enlarged to the encoder's "
+                f"{self.encoder.input_px} px"
+            )
+        if bad:
+            yield f"{bad} of {len(tiles)} tiles cannot be read and have no features"
+
+    def _refuse_if_bad(self, slide: Slide, bad: int, n: int) -> None:
+        if bad > self.max_bad_tiles * n:
+            msg = (
+                f"{slide.path}: {bad} of {n} tiles cannot be read, more than "
+                f"{self.max_bad_tiles:.1%}; is the file whole? (--max-bad-tiles sets the limit)"
+            )
+            raise DataError(msg)
 
     def load(self) -> None:
         """Read the weights onto the device, once."""
@@ -141,26 +145,36 @@ class Embedder:
             self.encoder.load(self.device)
             self._loaded = True
 
-    def _fill(self, slide: Slide, tiles: Tiles, progress: Progress) -> int:
-        """Encode what an earlier run did not, and publish the entry; return how many tiles."""
-        self.load()
-        n, bad = len(tiles), 0
-        writer = self.store.features.writer(tiles, self.encoder.id, self.encoder.row_shape)
-        first = writer.resumed // self.batch * self.batch
-        if writer.resumed == n:
-            first = n
-        with writer, ThreadPoolExecutor(self.workers, thread_name_prefix="reader") as pool:
+    def _make(self, slide: Slide, tiles: Tiles, key: Key, progress: Progress) -> int:
+        """Fill and publish the entry as its one writer; return how many tiles were encoded."""
+        with self.store.features.lock(key) as held:
+            if key in self.store.features:  # another process was faster
+                return 0
+            self.load()
+            writer = self.store.features.writer(tiles, self.encoder.id, self.encoder.row_shape)
+            with writer:
+                try:
+                    encoded = self._fill(slide, tiles, writer, progress)
+                except DataError:  # what was read from a bad file is not to be trusted later
+                    writer.discard()
+                    raise
+                if not held():
+                    msg = f"{slide.path}: another process has taken this slide over meanwhile"
+                    raise BusyError(msg)
+        return encoded
+
+    def _fill(self, slide: Slide, tiles: Tiles, writer: FeatureWriter, progress: Progress) -> int:
+        """Encode what an earlier run did not; return how many tiles."""
+        n, bad = len(tiles), writer.resumed_bad
+        first = n if writer.resumed == n else writer.resumed // self.batch * self.batch
+        progress(first, n)
+        if first < n:
             writer.begin(first)
-            progress(first, n)
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="reader") as pool:
             for start, pixels, status in self._read(pool, slide, tiles, first):
                 writer.write(self._encode(pixels, status), status)
                 bad += int((status != TileStatus.OK).sum())
-                if bad > self.max_bad_tiles * n:
-                    msg = (
-                        f"{slide.path}: more than {self.max_bad_tiles:.1%} of {n} tiles cannot be "
-                        "read; is the file whole? (--max-bad-tiles sets the limit)"
-                    )
-                    raise DataError(msg)
+                self._refuse_if_bad(slide, bad, n)
                 progress(start + len(status), n)
         return n - first
 

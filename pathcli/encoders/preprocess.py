@@ -45,9 +45,12 @@ class Preprocess:
 
         pixels = images.permute(0, 3, 1, 2)
         if pixels.shape[-2:] != (self.size, self.size):
+            whole = pixels if images.device.type == "cpu" else pixels.float()
             pixels = interpolate(
-                pixels, size=(self.size, self.size), mode=self.interpolation, antialias=True
+                whole, size=(self.size, self.size), mode=self.interpolation, antialias=True
             )
+            if pixels.is_floating_point():  # torch resizes bytes on the CPU alone
+                pixels = pixels.clamp(0, 255).round()
         mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1) * 255
         std = torch.tensor(self.std, device=images.device).view(3, 1, 1) * 255
         return (pixels.float() - mean) / std

@@ -1,44 +1,61 @@
-"""DICOM headers in, two facts out: a file's series, and whether its colours are named right."""
+"""DICOM headers in, two facts out: a file's series, and whether its colours are named right.
+
+Nothing else of a header is read or shown: it names the patient.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 _JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
 _HEAD_BYTES = 65536
 _ITEM, _EXPLICIT_LONG = 8, 12  # bytes of an item's and of an explicit-VR element's header
+_TAGS = ["SeriesInstanceUID", "ImageType", "TotalPixelMatrixColumns", "PhotometricInterpretation"]
+
+
+def _header(path: Path) -> tuple[Any, bytes]:
+    """Return the few header elements used here and the first bytes of the pixel data.
+
+    Empty for what is not DICOM; pydicom's own message, which quotes the header, is dropped.
+    """
+    from pydicom import dcmread  # noqa: PLC0415
+
+    try:
+        with path.open("rb") as file:
+            header = dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
+            return header, file.read(_HEAD_BYTES)
+    except Exception:  # noqa: BLE001 - pydicom raises whatever the bytes provoke
+        return {}, b""
 
 
 def series_uid(path: Path) -> str | None:
-    """Return a DICOM file's SeriesInstanceUID, reading no other element, or None."""
-    from pydicom import dcmread  # noqa: PLC0415
-    from pydicom.errors import InvalidDicomError  # noqa: PLC0415
-
-    try:
-        header = dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
-    except (InvalidDicomError, OSError, EOFError):
-        return None
+    """Return a DICOM file's SeriesInstanceUID, or None."""
+    header, _ = _header(path)
     uid = header.get("SeriesInstanceUID")
     return str(uid) if uid else None
 
 
 def is_ycbcr_named_rgb(path: Path | str) -> bool:
-    """Tell whether a JPEG series says RGB while its frames hold YCbCr.
+    """Tell whether the series of a file says RGB while its frames hold YCbCr.
 
     wsi2dcm and others write such files; OpenSlide believes the header and shows them pink.
-    A frame that carries a JFIF marker, or whose chroma is subsampled, is YCbCr.
+    A frame that carries a JFIF marker, or whose chroma is subsampled, is YCbCr. The largest
+    volume image decides, whichever file of the series was named.
     """
-    from pydicom import dcmread  # noqa: PLC0415
-
-    tags = ["PhotometricInterpretation"]
-    with Path(path).open("rb") as file:
-        header = dcmread(file, stop_before_pixels=True, specific_tags=tags)
-        if header.get("PhotometricInterpretation") != "RGB":
-            return False
-        if header.file_meta.TransferSyntaxUID != _JPEG_BASELINE:
-            return False
-        head = file.read(_HEAD_BYTES)
-    return _frame_is_ycbcr(head[_EXPLICIT_LONG:])
+    largest, found = -1, False
+    uid = series_uid(Path(path))
+    for other in sorted(Path(path).parent.iterdir()):
+        if other.suffix.lower() != Path(path).suffix.lower():
+            continue
+        header, head = _header(other)
+        columns = int(header.get("TotalPixelMatrixColumns") or 0)
+        volume = "VOLUME" in (header.get("ImageType") or ())
+        if volume and columns > largest and header.get("SeriesInstanceUID") == uid:
+            syntax = header.file_meta.get("TransferSyntaxUID")
+            named = header.get("PhotometricInterpretation") == "RGB" and syntax == _JPEG_BASELINE
+            largest, found = columns, named and _frame_is_ycbcr(head[_EXPLICIT_LONG:])
+    return found
 
 
 def _frame_is_ycbcr(items: bytes) -> bool:

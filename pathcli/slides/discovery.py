@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import glob
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pathcli.slides.dicom import series_uid
@@ -24,24 +24,39 @@ SLIDE_SUFFIXES = {
 
 @dataclass(frozen=True)
 class Found:
-    """One slide to work on, with the resolution a CSV gave for it (um per pixel)."""
+    """One slide to work on, with the resolution a CSV gave for it (um per pixel).
+
+    An input without a slide has a `fault` instead: the rest of a batch goes on.
+    """
 
     path: Path | str
     mpp: float | None = None
+    fault: DataError | None = None
+
+    def checked(self) -> Found:
+        """Return itself if there is a slide to open.
+
+        Raises:
+            DataError: the input meant no slide.
+        """
+        if self.fault:
+            raise self.fault
+        return self
 
 
 def discover(inputs: list[str]) -> list[Found]:
     """Return the slides that `inputs` mean, each once, in the order given.
 
-    A path that does not exist is returned as it is: opening it says so, and the rest of a
-    batch goes on.
-
-    Raises:
-        DataError: a folder or glob without slides, or a CSV that is not a slide list.
+    A path that does not exist is returned as it is: opening it says so. A folder or glob
+    without slides, or a CSV that is no slide list, is returned with its fault.
     """
     found: dict[str, Found] = {}
     for text in inputs:
-        for slide in _expand(text):
+        try:
+            slides = _expand(text)
+        except DataError as error:
+            slides = [Found(text, fault=error)]
+        for slide in slides:
             found.setdefault(str(slide.path), slide)
     return list(found.values())
 
@@ -120,6 +135,6 @@ def _csv(path: Path) -> list[Found]:
             msg = f"{path}, line {line}: mpp {row['mpp']!r} is not a number"
             raise DataError(msg) from None
         name = row["wsi"]
-        place = name if "://" in name else path.parent / Path(name).expanduser()
-        slides.append(Found(_whole(place) if isinstance(place, Path) else place, mpp))
+        place = name if "://" in name else str(path.parent / Path(name).expanduser())
+        slides += [replace(slide, mpp=mpp) for slide in _expand(place)]
     return slides

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
+from pathcli.store.files import write_bytes
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -19,7 +21,7 @@ _COLOUR = [0, 158, 115]
 def polygons(tissue: Tissue) -> list[list[np.ndarray[Any, Any]]]:
     """Return one list of rings per island, outline first, holes after; float [k, 2] level-0 px.
 
-    Rings follow the edges of the mask's cells, not their centres.
+    Rings lie within a quarter of a mask cell of the cells' edges.
     """
     doubled = tissue.mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
     contours, tree = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
@@ -38,7 +40,11 @@ def polygons(tissue: Tissue) -> list[list[np.ndarray[Any, Any]]]:
 
 
 def write_geojson(path: Path, tissue: Tissue, bounds: tuple[int, int, int, int]) -> None:
-    """Write the tissue as annotations for QuPath, which counts pixels from the scan's bounds."""
+    """Write the tissue as annotations for QuPath, which counts pixels from the scan's bounds.
+
+    Raises:
+        ResourceError: the disk is full, or the folder may not be written.
+    """
     shift = np.array(bounds[:2], float)
     features = []
     for number, rings in enumerate(polygons(tissue)):
@@ -57,6 +63,5 @@ def write_geojson(path: Path, tissue: Tissue, bounds: tuple[int, int, int, int])
                 },
             }
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     collection = {"type": "FeatureCollection", "features": features}
-    path.write_text(json.dumps(collection), encoding="utf-8")
+    write_bytes(path, json.dumps(collection).encode(), lambda _: None)

@@ -7,12 +7,13 @@ from a file: labels, macro images and header text can name a patient.
 from __future__ import annotations
 
 import hashlib
-import io
+import logging
 import math
 import threading
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from pathcli.registry import resolve
 from pathcli.slides.dicom import is_ycbcr_named_rgb
 from pathcli.store.store import item_name
-from pathcli.types import MPP_RANGE, DataError, Slide, SlideInfo
+from pathcli.types import MPP_RANGE, DataError, ResourceError, Slide, SlideInfo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp"}
 TIFF_SUFFIXES = {".tif", ".tiff", ".btf", ".tf8", ".svs"}
 _BLOCKS, _BLOCK_BYTES = 64, 4096
+_SQUARE = 0.02  # relative difference of the axes up to which pixels count as square
+
+log = logging.getLogger("pathcli")
 
 
 def open_slide(path: Path | str, reader: str = "auto") -> Slide:
@@ -39,6 +43,7 @@ def open_slide(path: Path | str, reader: str = "auto") -> Slide:
         DataError: it is not there, empty, or no reader understands it.
     """
     remote = "://" in str(path)
+    shown = public_name(path)
     if not remote:
         path = Path(path)
         _require_content(path)
@@ -50,10 +55,10 @@ def open_slide(path: Path | str, reader: str = "auto") -> Slide:
         try:
             found: Slide = resolve("reader", name)(path)
         except DataError as error:
-            failures.append(str(error).removeprefix(f"{path}: "))
+            failures.append(str(error).removeprefix(f"{shown}: "))
         else:
             return found
-    msg = f"{path}: not a slide that can be read ({'; '.join(failures)})"
+    msg = f"{shown}: not a slide that can be read ({'; '.join(failures)})"
     raise DataError(msg)
 
 
@@ -86,22 +91,40 @@ def _number(properties: Mapping[str, Any], name: str) -> float | None:
     return value if math.isfinite(value) and value > 0 else None
 
 
-def _mpp(properties: Mapping[str, Any], prefix: str) -> float | None:
-    """Return the header's resolution as the mean of both axes, or None."""
+def _mpp(path: Path | str, properties: Mapping[str, Any], prefix: str) -> float | None:
+    """Return the header's resolution as the mean of both axes; None if they differ, or none is."""
     x, y = (_number(properties, f"{prefix}.mpp-{axis}") for axis in "xy")
-    return (x + y) / 2 if x and y else None
+    if not x or not y:
+        return None
+    if abs(x - y) > _SQUARE * max(x, y):
+        log.warning("%s: the header's pixels are not square (%g x %g um), ignored", path, x, y)
+        return None
+    return (x + y) / 2
+
+
+def public_name(path: Path | str) -> str:
+    """Return a path as it may be shown and stored: an address without user, token or query.
+
+    >>> public_name("https://me:pw@host/a.tiff?sig=secret")
+    'https://host/a.tiff'
+    """
+    text = str(path)
+    if "://" not in text:
+        return text
+    parts = urlsplit(text)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def sampled_fingerprint(path: Path | str) -> str:
     """Return the digest of a file's size and 64 blocks spread over it, as hex."""
-    import fsspec  # noqa: PLC0415
+    from fsspec.core import url_to_fs  # noqa: PLC0415
 
-    with fsspec.open(str(path), "rb") as file:
-        size = file.seek(0, io.SEEK_END)
-        state = hashlib.sha256(str(size).encode())
-        for i in range(_BLOCKS):
-            file.seek(max(0, size - _BLOCK_BYTES) * i // (_BLOCKS - 1))
-            state.update(file.read(_BLOCK_BYTES))
+    files, place = url_to_fs(str(path))
+    size = int(files.size(place))
+    state = hashlib.sha256(str(size).encode())
+    for i in range(_BLOCKS):
+        start = max(0, size - _BLOCK_BYTES) * i // (_BLOCKS - 1)
+        state.update(files.cat_file(place, start=start, end=min(size, start + _BLOCK_BYTES)))
     return state.hexdigest()
 
 
@@ -148,12 +171,12 @@ class OpenSlideReader:
             "openslide",
             width=width,
             height=height,
-            mpp=_mpp(properties, "openslide"),
+            mpp=_mpp(path, properties, "openslide"),
             objective=_number(properties, openslide.PROPERTY_NAME_OBJECTIVE_POWER),
             bounds=(box[0] or 0, box[1] or 0, box[2] or width, box[3] or height),
         )
         colour = properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "FFFFFF")
-        self._background = np.array(list(bytes.fromhex(colour)), np.uint16)
+        self._background = np.array(list(bytes.fromhex(colour)), np.float32)
         self._ycbcr = vendor == "dicom" and is_ycbcr_named_rgb(path)
 
     def _open(self) -> Any:  # noqa: ANN401 - openslide is untyped
@@ -173,10 +196,12 @@ class OpenSlideReader:
         rgb, alpha = rgba[..., :3], rgba[..., 3:]
         if self._ycbcr:
             rgb = cv2.cvtColor(np.ascontiguousarray(rgb[..., [0, 2, 1]]), cv2.COLOR_YCrCb2RGB)
-        if alpha.min() == 255:  # noqa: PLR2004 - fully inside the scan
-            return np.ascontiguousarray(rgb, np.uint8)
-        mixed = rgb * (alpha / 255) + self._background * (1 - alpha / 255)
-        return np.asarray(np.rint(mixed), np.uint8)
+        rgb = np.array(rgb, np.uint8)
+        clear = alpha[..., 0] < 255  # noqa: PLR2004 - outside the scan, or at its edge
+        if clear.any():
+            part = alpha[clear] / np.float32(255)
+            rgb[clear] = np.rint(rgb[clear] * part + self._background * (1 - part))
+        return rgb
 
     def _retry(self, failed: Any, xy: tuple[int, int], level: int, size: tuple[int, int]) -> Any:  # noqa: ANN401
         """Read through a handle of its own: one error makes a handle useless for everyone.
@@ -220,30 +245,36 @@ class TiffSlideReader:
         """
         import tiffslide  # noqa: PLC0415
 
-        self.path = path
+        self.path = path if isinstance(path, Path) else public_name(path)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 handle = tiffslide.TiffSlide(str(path))
                 width, height = handle.dimensions
                 probe = handle.read_region((0, 0), 0, (1, 1), as_array=True)
+        except ImportError as error:
+            msg = f"{self.path}: remote slides need: pip install 'pathcli[remote]' ({error.name})"
+            raise ResourceError(msg) from error
         except Exception as error:  # tifffile raises what the bytes provoke
-            msg = f"{path}: tiffslide: {_one_line(error)}"
+            remote = str(path) != str(self.path)  # its messages quote the address, secrets too
+            why = type(error).__name__ if remote else _one_line(error)
+            msg = f"{self.path}: tiffslide: {why}"
             raise DataError(msg) from error
         if probe.shape != (1, 1, 3) or probe.dtype != np.uint8:
             handle.close()
-            msg = f"{path}: tiffslide: not 8-bit RGB (a pixel is {probe.dtype} {probe.shape[2:]})"
+            pixel = f"{probe.dtype} {probe.shape[2:]}"
+            msg = f"{self.path}: tiffslide: not 8-bit RGB (a pixel is {pixel})"
             raise DataError(msg)
         self._handle = handle
         self.downsamples = tuple(float(d) for d in handle.level_downsamples)
         self.info = _info(
-            path,
+            self.path,
             sampled_fingerprint(path),
             str(handle.properties.get("tiffslide.vendor") or "tiff"),
             "tiffslide",
             width=int(width),
             height=int(height),
-            mpp=_mpp(handle.properties, "tiffslide"),
+            mpp=_mpp(self.path, handle.properties, "tiffslide"),
             objective=_number(handle.properties, "tiffslide.objective-power"),
             bounds=(0, 0, int(width), int(height)),
         )

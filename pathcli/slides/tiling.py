@@ -255,21 +255,25 @@ def read_tile(slide: Slide, xy: tuple[int, int], spec: TileSpec, mpp: float) -> 
     level = best_level(slide, spec.mpp / mpp)
     step = slide.downsamples[level]
     side = spec.size_um / mpp / step
-    need = math.ceil(side - 1e-6)
-    available = [
-        max(1, min(need, round((limit - at) / step)))
-        for limit, at in zip((slide.info.width, slide.info.height), xy, strict=True)
+    # the window begins inside a pixel of its level: read from that pixel on, resample the rest
+    start = [math.floor(at / step + 1e-6) for at in xy]
+    into = [max(0.0, at / step - pixel) for at, pixel in zip(xy, start, strict=True)]
+    corner = [math.ceil(pixel * step - 1e-6) for pixel in start]
+    need = [math.ceil(part + side - 1e-6) for part in into]
+    limits = (slide.info.width, slide.info.height)
+    here = [
+        max(1, min(n, round(limit / step) - pixel))
+        for n, limit, pixel in zip(need, limits, start, strict=True)
     ]
-    pixels = slide.read(xy, level, (available[0], available[1]))
-    short = (need - available[0], need - available[1])
+    pixels = slide.read((corner[0], corner[1]), level, (here[0], here[1]))
+    short = (need[0] - here[0], need[1] - here[1])
     if any(short):  # the window ends up to one pixel beyond the last row or column
         pixels = np.pad(pixels, ((0, short[1]), (0, short[0]), (0, 0)), mode="edge")
-    if abs(side - spec.size_px) < 1e-6:  # noqa: PLR2004 - no resampling needed
+    if max(abs(side - spec.size_px), *into) < 1e-6:  # noqa: PLR2004 - no resampling needed
         return np.ascontiguousarray(pixels)
-    image = Image.fromarray(pixels).resize(
-        (spec.size_px, spec.size_px), Image.Resampling.BICUBIC, box=(0, 0, side, side)
-    )
-    return np.array(image)
+    box = (into[0], into[1], min(into[0] + side, need[0]), min(into[1] + side, need[1]))
+    size = (spec.size_px, spec.size_px)
+    return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, box=box))
 
 
 def summary(run: TileRun) -> dict[str, Any]:

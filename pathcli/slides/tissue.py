@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pathcli.types import ByteArray, Slide, TileSpec
 
-_READ_PX = 64_000_000  # pixels of a level read at once; larger levels are read in stripes
+_READ_PX = 16_000_000  # pixels of a level read at once; larger levels are read in stripes
 DARK_BACKGROUND = (
     "no tile: the background is black, as in fluorescence, and tissue rules for stained slides "
     "do not apply; --tissue none takes the whole scan"
@@ -76,7 +76,7 @@ class Tissue:
             + _integral(table, x0, y0)
         )
         area = size[0] * size[1] / (self.scale[0] * self.scale[1])
-        return np.asarray(np.clip(inside / area, 0.0, 1.0))
+        return np.asarray(np.clip(np.round(inside / area, 9), 0.0, 1.0))  # ties are ties
 
 
 def _integral(table: NDArray[Any], x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
@@ -221,12 +221,14 @@ def find_tissue(slide: Slide, spec: TileSpec, mpp: float) -> Tissue:
 
 
 def _dark_background(thumbnail: ByteArray, slide: Slide, scale: tuple[float, float]) -> bool:
-    """Tell a fluorescence scan: most of the scanned area is nearly black."""
+    """Tell a fluorescence scan: mostly black, and what is not is not glass either."""
     x, y, w, h = slide.info.bounds
     rows = slice(int(y / scale[1]), math.ceil((y + h) / scale[1]))
     columns = slice(int(x / scale[0]), math.ceil((x + w) / scale[0]))
-    brightest = thumbnail[rows, columns].max(axis=2)
-    return bool((brightest < 50).mean() > 0.5)  # noqa: PLR2004 - of 255, and of the area
+    scan = thumbnail[rows, columns]
+    black = scan.max(axis=2) < 50  # noqa: PLR2004 - of 255
+    glass = scan.min(axis=2) > 180  # noqa: PLR2004 - of 255; black may be padding around it
+    return bool(black.mean() > 0.5 and glass.mean() < 0.1 * (1 - black.mean()))  # noqa: PLR2004
 
 
 def overview(slide: Slide, downsample: float) -> ByteArray:

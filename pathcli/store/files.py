@@ -9,7 +9,7 @@ import threading
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from pathcli.types import ResourceError
+from pathcli.types import ResourceError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,6 +30,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
     Raises:
         ResourceError: the disk is full, or the folder may not be written.
+        UsageError: a file is where a folder is needed.
     """
     try:
         yield
@@ -44,6 +45,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in _CLOSED or "Permission denied" in str(error):
             msg = f"{path}: no permission to write; give another folder with --store"
             raise ResourceError(msg) from error
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            msg = f"{path}: a file is where a folder is needed; give another folder"
+            raise UsageError(msg) from error
         raise
 
 

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import zlib
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 import h5py
@@ -19,9 +20,21 @@ import numpy as np
 
 from pathcli import __version__
 from pathcli.store.files import disk_errors, part_path, publish, require_space, write_bytes
-from pathcli.types import DataError, Features, Key, Tiles, TileSpec, TileStatus
+from pathcli.types import (
+    DataError,
+    Features,
+    ForeignError,
+    Key,
+    NewerError,
+    PathcliError,
+    ResourceError,
+    Tiles,
+    TileSpec,
+    TileStatus,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 FORMAT = 1
@@ -70,22 +83,46 @@ def _open(path: Path) -> h5py.File:
     except FileNotFoundError:
         raise
     except OSError as error:
-        msg = f"{path}: damaged entry ({error}); run: pathcli store prune"
-        raise DataError(msg) from error
-    found = file.attrs.get("format", 0)
-    if not 1 <= found <= FORMAT:
+        if error.errno is not None:  # the system refuses; the bytes may well be whole
+            msg = f"{path}: cannot be read now ({os.strerror(error.errno)})"
+            raise ResourceError(msg) from error
+        raise _damaged(path, error) from error
+    found = file.attrs.get("format")
+    if found is None or found > FORMAT:
         file.close()
+        if found is None:
+            msg = f"{path}: not written by pathcli"
+            raise ForeignError(msg)
         msg = f"{path}: store format {found}, this pathcli reads up to {FORMAT}; update pathcli"
-        raise DataError(msg)
+        raise NewerError(msg)
     return file
+
+
+def _damaged(path: Path | str, why: object) -> DataError:
+    return DataError(f"{path}: damaged entry ({why}); run: pathcli store prune")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[h5py.File]:
+    """Open an entry; what its content provokes becomes one clear line."""
+    with _open(path) as file:
+        try:
+            yield file
+        except (KeyError, OSError, ValueError) as error:
+            if getattr(error, "errno", None) is not None:
+                msg = f"{path}: cannot be read now ({error})"
+                raise ResourceError(msg) from error
+            raise _damaged(path, error) from error
+        except TypeError as error:  # a specification with a field this version does not know
+            msg = f"{path}: its specification is of a later pathcli ({error}); update pathcli"
+            raise NewerError(msg) from error
 
 
 def _read_tile_part(file: h5py.File, status: Any) -> Tiles:  # noqa: ANN401 - h5py is untyped
     attrs = file.attrs
     xy = file["coords"][:]
     if zlib.crc32(xy.tobytes()) != file["coords"].attrs["crc32"]:
-        msg = f"{file.filename}: coords do not match their checksum; run: pathcli store prune"
-        raise DataError(msg)
+        raise _damaged(file.filename, "coords do not match their checksum")
     return Tiles(
         item=str(attrs["item"]),
         xy=xy,
@@ -113,14 +150,11 @@ def read_tiles(path: Path) -> Tiles:
 
     Raises:
         FileNotFoundError: there is none.
-        DataError: it is damaged or of a newer format.
+        DataError: it is damaged, foreign or of a newer format.
+        ResourceError: the system does not let it be read.
     """
-    with _open(path) as file:
-        try:
-            return _read_tile_part(file, file["status"][:])
-        except (KeyError, OSError, ValueError) as error:
-            msg = f"{path}: damaged entry ({error}); run: pathcli store prune"
-            raise DataError(msg) from error
+    with _reading(path) as file:
+        return _read_tile_part(file, file["status"][:])
 
 
 def read_features(path: Path) -> Features:
@@ -128,37 +162,24 @@ def read_features(path: Path) -> Features:
 
     Raises:
         FileNotFoundError: there is none.
-        DataError: it is damaged, unfinished or of a newer format.
+        DataError: it is damaged, unfinished, foreign or of a newer format.
+        ResourceError: the system does not let it be read.
     """
-    with _open(path) as file:
-        try:
-            tiles = _read_tile_part(file, file["status"][:])
-            encoder, done = str(file.attrs["encoder"]), bool(np.all(file["block_crc32"][:]))
-            values = file["features"][:]
-        except (KeyError, OSError, ValueError) as error:
-            msg = f"{path}: damaged entry ({error}); run: pathcli store prune"
-            raise DataError(msg) from error
+    with _reading(path) as file:
+        tiles = _read_tile_part(file, file["status"][:])
+        encoder, done = str(file.attrs["encoder"]), bool(np.all(file["block_crc32"][:]))
+        values = file["features"][:]
     if not (done and len(values) == len(tiles.xy) == len(tiles.status)):
-        msg = f"{path}: damaged entry (unfinished blocks); run: pathcli store prune"
-        raise DataError(msg)
+        raise _damaged(path, "unfinished blocks")
     key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, encoder)
     return Features(key, values, tiles.xy, tiles.status)
 
 
 def feature_shape(path: Path) -> tuple[tuple[int, ...], int]:
-    """Return the shape of one row and how many rows are unreadable.
-
-    Raises:
-        FileNotFoundError: there is none.
-        DataError: the entry is damaged.
-    """
-    with _open(path) as file:
-        try:
-            bad = int((file["status"][:] != TileStatus.OK).sum())
-            return tuple(file["features"].shape[1:]), bad
-        except (KeyError, OSError) as error:
-            msg = f"{path}: damaged entry ({error}); run: pathcli store prune"
-            raise DataError(msg) from error
+    """Return the shape of one row and how many rows are unreadable; raises as `read_features`."""
+    with _reading(path) as file:
+        bad = int((file["status"][:] != TileStatus.OK).sum())
+        return tuple(file["features"].shape[1:]), bad
 
 
 def verify_features(path: Path) -> Key:
@@ -167,25 +188,20 @@ def verify_features(path: Path) -> Key:
     NaN is accepted exactly in the rows that `status` calls unreadable.
 
     Raises:
-        DataError: a block is damaged or was never written.
+        DataError: a block is damaged or was never written; otherwise as `read_features`.
     """
     bad = 0
-    with _open(path) as file:
-        try:
-            tiles = _read_tile_part(file, file["status"][:])
-            blocks = _blocks(len(tiles))
-            for crc, rows in zip(file["block_crc32"][:], blocks, strict=True):
-                values, status = file["features"][rows], tiles.status[rows]
-                missing = np.isnan(values).any(axis=tuple(range(1, values.ndim)))
-                same = np.array_equal(missing, status != TileStatus.OK)
-                bad += not (crc == _crc(values, status) and same)
-            key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, str(file.attrs["encoder"]))
-        except (KeyError, OSError, ValueError) as error:
-            msg = f"{path}: damaged entry ({error}); run: pathcli store prune"
-            raise DataError(msg) from error
+    with _reading(path) as file:
+        tiles = _read_tile_part(file, file["status"][:])
+        blocks = _blocks(len(tiles))
+        for crc, rows in zip(file["block_crc32"][:], blocks, strict=True):
+            values, status = file["features"][rows], tiles.status[rows]
+            missing = np.isnan(values).any(axis=tuple(range(1, values.ndim)))
+            same = np.array_equal(missing, status != TileStatus.OK)
+            bad += not (crc == _crc(values, status) and same)
+        key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, str(file.attrs["encoder"]))
     if bad:
-        msg = f"{path}: {bad} of {len(blocks)} blocks damaged; run: pathcli store prune"
-        raise DataError(msg)
+        raise _damaged(path, f"{bad} of {len(blocks)} blocks")
     return key
 
 
@@ -213,7 +229,8 @@ def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) ->
 class FeatureWriter:
     """Fill one features entry in place, from where the last run stopped.
 
-    Rows must be written in order; `resumed` is how many are already safe. Leaving the block
+    Rows must be written in order; `resumed` is how many are already safe, `resumed_bad` how
+    many of those are unreadable. Leaving the block
     without an error publishes the entry; with an error the temporary stays to be resumed.
     """
 
@@ -226,7 +243,7 @@ class FeatureWriter:
         self.path, self.part = path, part_path(path)
         self.n, self.row_shape = len(tiles), row_shape
         self._tiles, self._encoder = tiles, encoder
-        self._filled = 0
+        self._filled = self.resumed_bad = 0
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             done = self._resume()
@@ -274,8 +291,9 @@ class FeatureWriter:
                     if not crc or crc != _crc(file["features"][rows], file["status"][rows]):
                         break
                     good = rows.stop
+                self.resumed_bad = int((file["status"][:good] != TileStatus.OK).sum())
                 return good
-        except (DataError, FileNotFoundError, KeyError, OSError, ValueError):
+        except (PathcliError, KeyError, OSError, ValueError):
             return None
 
     def __enter__(self) -> Self:
@@ -284,7 +302,7 @@ class FeatureWriter:
         return self
 
     def begin(self, row: int) -> None:
-        """Declare that writing starts at `row` (at most `resumed`)."""
+        """Declare that writing starts at `row` (at most `resumed`, and not past the last)."""
         block = row // BLOCK_ROWS
         blank = bytes(4 * (len(_blocks(self.n)) - block))
         self._put("block_crc32", 4 * block, blank)
@@ -325,6 +343,10 @@ class FeatureWriter:
         crc = zlib.crc32(self._file.read(count * self._row_bytes))
         self._file.seek(self._at["status"] + start)
         return zlib.crc32(self._file.read(count), crc) or 1
+
+    def discard(self) -> None:
+        """Throw the temporary away: the next run starts afresh."""
+        self.part.unlink(missing_ok=True)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Publish the entry if nothing went wrong."""

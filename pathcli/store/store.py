@@ -19,6 +19,7 @@ from pathcli.store.lease import lease
 from pathcli.types import DataError, Features, Key, ResourceError, SlideInfo, Tiles
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
 log = logging.getLogger("pathcli")
@@ -60,8 +61,7 @@ class TileEntries(Mapping[Key, Tiles]):
 
     def __iter__(self) -> Iterator[Key]:
         """Yield the keys of all finished entries."""
-        for path in sorted((self.root / "tiles").glob("*/*.h5")):
-            yield key_of(path)
+        yield from filter(None, map(key_of, sorted((self.root / "tiles").glob("*/*.h5"))))
 
     def __len__(self) -> int:
         """Count the finished entries."""
@@ -91,8 +91,7 @@ class FeatureEntries(Mapping[Key, Features]):
 
     def __iter__(self) -> Iterator[Key]:
         """Yield the keys of all finished entries."""
-        for path in sorted((self.root / "features").glob("*/*/*.h5")):
-            yield key_of(path)
+        yield from filter(None, map(key_of, sorted((self.root / "features").glob("*/*/*.h5"))))
 
     def __len__(self) -> int:
         """Count the finished entries."""
@@ -115,19 +114,24 @@ class FeatureEntries(Mapping[Key, Features]):
         key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, encoder)
         return FeatureWriter(self.path(key), tiles, encoder, row_shape)
 
-    def lock(self, key: Key) -> AbstractContextManager[None]:
-        """Be the one writer of `key` for the length of a block (BusyError when taken)."""
-        path = self.path(key)
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return lease(path)
+    def lock(self, key: Key) -> AbstractContextManager[Callable[[], bool]]:
+        """Be the one writer of `key` for the length of a block, as `lease` has it."""
+        return lease(self.path(key))
 
 
-def key_of(path: Path) -> Key:
-    """Return the key that the place of an entry says, the inverse of the two `path` methods."""
+def key_of(path: Path) -> Key | None:
+    """Return the key that the place of an entry says, the inverse of the two `path` methods.
+
+    None for a file that pathcli would not name so.
+    """
     item, _, mpp = path.name.removesuffix(".h5").rpartition("@")
+    if not re.fullmatch(r"[^.].*-[0-9a-f]{8}", item) or not re.fullmatch(r"[0-9.e+-]+", mpp):
+        return None
     encoder = path.parent.parent.name if path.parents[2].name == "features" else None
-    return Key(item, float(mpp), path.parent.name, encoder)
+    try:
+        return Key(item, float(mpp), path.parent.name, encoder)
+    except ValueError:
+        return None
 
 
 class Store:
@@ -156,7 +160,8 @@ class Store:
         try:
             text = marker.read_text(encoding="utf-8")
         except FileNotFoundError:
-            if self.root.is_dir() and any(self.root.iterdir()):
+            others = self.root.iterdir() if self.root.is_dir() else []
+            if any(not path.name.startswith("store.json") for path in others):
                 msg = f"{self.root}: not a store, and not empty; give an empty folder as --store"
                 raise DataError(msg) from None
             with disk_errors(marker):

@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING
 
 from pathcli.store.files import part_path
 from pathcli.store.hdf5 import read_tiles, verify_features
-from pathcli.store.lease import LAPSE_S, lapsed, lease_path
+from pathcli.store.lease import LAPSE_S, lapsed, lease, lease_path
 from pathcli.store.store import Store, key_of
-from pathcli.types import DataError, PathcliError
+from pathcli.types import (
+    BusyError,
+    DataError,
+    ForeignError,
+    NewerError,
+    PathcliError,
+    ResourceError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,22 +41,28 @@ def verify(store: Store) -> Iterator[Finding]:
     """Check every file below the store's root, every block against its checksum.
 
     pending: a temporary that a running or just killed command will finish; stale: one whose
-    lease has lapsed; broken: an entry that cannot be trusted; foreign: not written by pathcli.
+    lease has lapsed; broken: an entry that cannot be trusted; unreadable: the system does not
+    let it be read; newer: of a later pathcli; foreign: not written by pathcli.
     """
     for path in sorted(store.root.rglob("*")):
-        if path.is_dir() or path == store.root / "store.json":
-            continue
-        depth = path.relative_to(store.root).parts
-        if path.suffix == ".part" and depth[0] in _DEPTH and len(depth) == _DEPTH[depth[0]]:
-            yield _temporary(path)
-        elif path.suffix == ".lease" and len(depth) == _DEPTH.get(depth[0]):
-            found = _temporary(path)  # beside a pending temporary a lease is no news
-            if found.state == "stale" or not part_path(path.with_suffix("")).exists():
-                yield found
-        elif _DEPTH.get(depth[0]) == len(depth) and path.suffix == _SUFFIX[depth[0]]:
-            yield _entry(path, depth[0])
-        else:
-            yield Finding(path, "foreign", "not written by pathcli; left alone")
+        if not path.is_dir() and path != store.root / "store.json":
+            yield from _findings(store, path)
+
+
+def _findings(store: Store, path: Path) -> Iterator[Finding]:
+    """Yield what is to be said of one file; nothing of a lease that is no news."""
+    depth = path.relative_to(store.root).parts
+    ours = _DEPTH.get(depth[0]) == len(depth)
+    if ours and path.suffix == ".part":
+        yield _temporary(path)
+    elif ours and path.suffix == ".lease":
+        found = _temporary(path)  # beside a pending temporary a lease is no news
+        if found.state == "stale" or not part_path(path.with_suffix("")).exists():
+            yield found
+    elif ours and path.suffix == _SUFFIX[depth[0]]:
+        yield _entry(path, depth[0])
+    else:
+        yield Finding(path, "foreign", "not written by pathcli; left alone")
 
 
 _DEPTH = {"slides": 2, "tiles": 3, "features": 4}
@@ -60,15 +73,24 @@ def _entry(path: Path, kind: str) -> Finding:
     try:
         if kind == "slides":
             json.loads(path.read_text(encoding="utf-8"))
-            return Finding(path, "ok")
-        found = read_tiles(path).key if kind == "tiles" else verify_features(path)
-        if found != key_of(path):
-            return Finding(path, "broken", f"is the entry of {found}; run: pathcli store prune")
+        elif key_of(path) is None:
+            return Finding(path, "foreign", "not written by pathcli; left alone")
+        else:
+            found = read_tiles(path).key if kind == "tiles" else verify_features(path)
+            if found != key_of(path):
+                return Finding(path, "broken", f"is the entry of {found}; run: pathcli store prune")
     except FileNotFoundError:
         return Finding(path, "pending", "replaced while it was read")
     except (PathcliError, ValueError) as error:
-        return Finding(path, "broken", str(error))
+        return Finding(path, _STATES.get(type(error), "broken"), str(error))
     return Finding(path, "ok")
+
+
+_STATES: dict[type[Exception], str] = {
+    NewerError: "newer",
+    ForeignError: "foreign",
+    ResourceError: "unreadable",
+}
 
 
 def _temporary(path: Path) -> Finding:
@@ -131,7 +153,20 @@ def prune(
             wanted = encoder in {None, key.encoder} and path.stat().st_mtime < limit
             if wanted and path not in known:
                 gone.append(Removal(path, "by request", path.stat().st_size))
-    for removal in [] if dry_run else gone:
-        removal.path.unlink(missing_ok=True)
-        log.info("removed %s (%s)", removal.path, removal.why)
-    return gone
+    return gone if dry_run else [removal for removal in gone if _remove(store, removal)]
+
+
+def _remove(store: Store, removal: Removal) -> bool:
+    """Remove one file, unless a writer has taken it up since it was looked at."""
+    path = removal.path
+    entry = path.with_suffix("") if path.suffix in {".part", ".lease"} else path
+    try:
+        with lease(entry):
+            if removal.why == "broken" and [f.state for f in _findings(store, path)] != ["broken"]:
+                return False  # written anew meanwhile
+            path.unlink(missing_ok=True)
+    except BusyError:
+        log.info("kept %s: it is being written", path)
+        return False
+    log.info("removed %s (%s)", path, removal.why)
+    return True
