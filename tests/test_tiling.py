@@ -250,16 +250,26 @@ def test_polygons_have_holes_and_geojson_starts_at_the_bounds(tmp_path: Path) ->
     mask[16:24, 16:24] = False
     tissue = Tissue(mask, np.zeros((40, 40, 3), np.uint8), (8.0, 8.0))
     (island,) = polygons(tissue)
-    assert len(island) == 2
-    assert np.allclose(island[0].min(0), 80, atol=4)
-    assert np.allclose(island[0].max(0), 240, atol=4)
-    assert np.allclose([island[1].min(), island[1].max()], [128, 192], atol=6)
+    assert island.is_valid
+    assert np.allclose(island.bounds, (80, 80, 240, 240), atol=0.1)
+    (hole,) = island.interiors
+    assert np.allclose(hole.bounds, (128, 128, 192, 192), atol=0.1)
+    assert island.area == pytest.approx(160**2 - 64**2, rel=0.02)
     write_geojson(tmp_path / "t.geojson", tissue, (50, 20, 200, 200))
     (feature,) = json.loads((tmp_path / "t.geojson").read_text())["features"]
     ring = np.array(feature["geometry"]["coordinates"][0])
     assert (ring[0] == ring[-1]).all()
     assert np.allclose(ring.min(0), (30, 60), atol=4)
     assert feature["properties"]["objectType"] == "annotation"
+
+
+def test_polygons_of_ragged_masks_are_valid(rng: np.random.Generator) -> None:
+    for density in (0.2, 0.5, 0.8):
+        mask = rng.random((40, 40)) < density
+        tissue = Tissue(mask, np.zeros((40, 40, 3), np.uint8), (8.0, 8.0))
+        found = polygons(tissue)
+        assert all(p.is_valid and p.geom_type == "Polygon" for p in found)
+        assert sum(p.area for p in found) == pytest.approx(mask.sum() * 64, rel=0.2)
 
 
 def test_an_empty_mask_has_no_polygon() -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
+_BYSTANDERS = {"input_resolution", "context_length", "vocab_size", "logit_scale", "logit_bias"}
+_BUFFERS = ("attn_mask", "position_ids", "num_batches_tracked")
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
@@ -44,8 +46,8 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         )
         raise DataError(msg) from error
     except Exception as error:  # unpicklers raise whatever the bytes provoke
-        line = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        msg = f"{path}: corrupt checkpoint ({line})"
+        empty = "empty file" if path.stat().st_size == 0 else "not a checkpoint, or cut short"
+        msg = f"{path}: corrupt checkpoint ({empty})"
         raise DataError(msg) from error
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -53,23 +55,39 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         msg = f"{path}: holds no state dict of tensors"
         raise DataError(msg)
+    if state and all(name.startswith("model.") for name in state):  # Lightning's wrapper
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     return {_bare(name): tensor for name, tensor in state.items()}
 
 
 def _bare(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
+    while name.startswith(_PREFIXES):
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
     return name
+
+
+def _counts(name: str) -> bool:
+    """Tell whether a tensor decides what a network gives; some only scale a loss, or are made."""
+    return name not in _BYSTANDERS and not name.endswith(_BUFFERS)
 
 
 def shape_faults(state: dict[str, torch.Tensor], module: torch.nn.Module) -> list[str]:
     """Return what keeps `state` from being loaded into `module`, one phrase a tensor."""
     wanted = module.state_dict()
-    faults = [f"{k} missing" for k in wanted if k not in state and not k.endswith("attn_mask")]
-    faults += [f"{k} unexpected" for k in state if k not in wanted]
+    faults = [f"{k} missing" for k in wanted if k not in state and _counts(k)]
+    faults += [f"{k} unexpected" for k in state if k not in wanted and _counts(k)]
     faults += [
         f"{k} is {tuple(v.shape)}, not {tuple(wanted[k].shape)}"
         for k, v in state.items()
-        if k in wanted and v.shape != wanted[k].shape
+        if k in wanted and v.shape != wanted[k].shape and _counts(k)
     ]
     return faults
+
+
+def fitting_part(
+    state: dict[str, torch.Tensor], module: torch.nn.Module
+) -> dict[str, torch.Tensor]:
+    """Return the tensors that have a place of their shape in `module`."""
+    places = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    return {k: v for k, v in state.items() if places.get(k) == v.shape}

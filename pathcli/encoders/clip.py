@@ -10,12 +10,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pathcli.encoders.checkpoint import read_state, shape_faults
-from pathcli.encoders.preprocess import Preprocess, describe, encoder_id, run
+from pathcli.encoders.checkpoint import fitting_part, read_state, shape_faults
+from pathcli.encoders.preprocess import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    Preprocess,
+    Triple,
+    describe,
+    encoder_id,
+    run,
+)
 from pathcli.registry import did_you_mean
 from pathcli.slides.tiling import tile_spec
 from pathcli.torchvision_guard import guard_torchvision
-from pathcli.types import DataError, UsageError
+from pathcli.types import DataError, ResourceError, UsageError
 from pathcli.weights import fetch, local, sha256
 
 if TYPE_CHECKING:
@@ -67,7 +75,7 @@ class OpenClipEncoder:
         size = known[model]["vision_cfg"].get("image_size", 224)
         self.input_px = int(size if isinstance(size, int) else size[0])
         self.native = tile_spec(self.input_px)
-        self.preprocess = Preprocess(self.input_px)
+        self.preprocess = Preprocess(self.input_px, *published_normalisation(model))
 
     @cached_property
     def id(self) -> str:
@@ -93,14 +101,21 @@ class OpenClipEncoder:
         guard_torchvision()
         import open_clip  # noqa: PLC0415
 
+        if self.tokens and self.model.startswith("coca"):
+            msg = f"--tokens: {self.model} pools its patches before it gives them"
+            raise UsageError(msg)
         file = self._file()
         state = read_state(file)
-        network = open_clip.create_model(
-            self.model, pretrained=None, load_weights=False, force_quick_gelu=self.quick_gelu
-        )
+        try:
+            network = open_clip.create_model(
+                self.model, pretrained=None, load_weights=False, force_quick_gelu=self.quick_gelu
+            )
+        except OSError as error:
+            msg = f"open_clip:{self.model}: its text tower is on the hub, which cannot be reached"
+            raise ResourceError(msg) from error
         if faults := shape_faults(state, network):
             raise DataError(self._mismatch(file, state, faults))
-        network.load_state_dict(state, strict=False)
+        network.load_state_dict(fitting_part(state, network), strict=False)
         network = network.eval().requires_grad_(False).to(device)  # noqa: FBT003
         if self.tokens and not hasattr(network.visual, "output_tokens"):
             msg = f"--tokens: open_clip's {self.model} has no patch tokens"
@@ -114,12 +129,16 @@ class OpenClipEncoder:
     def _mismatch(self, file: Path, state: dict[str, torch.Tensor], faults: list[str]) -> str:
         fitting = architecture_of(state)
         told = f"its shapes are those of {fitting}" if fitting else "no architecture here fits it"
-        use = f": use --encoder open_clip:{fitting}" if fitting and fitting != self.model else ""
+        ours = [e.published for e in (PathGenClip, PathGenClipL) if e.architecture == fitting]
+        use = "".join(f": use --encoder {name} for PathGen's own weights, else" for name in ours)
+        use = f"{use or ': use'} --encoder open_clip:{fitting}" if fitting else ""
         return f"{file}: does not fit open_clip's {self.model} ({faults[0]}); {told}{use}"
 
     def _tower(self, pixels: torch.Tensor) -> torch.Tensor:
-        given = self.network.visual(pixels)
-        features: torch.Tensor = given[1] if self.tokens else given
+        given = self.network.visual(pixels)  # CoCa and towers with tokens give (pooled, tokens)
+        if isinstance(given, tuple):
+            given = given[1] if self.tokens else given[0]
+        features: torch.Tensor = given
         return features
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -127,43 +146,65 @@ class OpenClipEncoder:
         return run(self._tower, images, self.preprocess, self.precision)
 
 
+def published_normalisation(model: str) -> tuple[Triple, Triple, str]:
+    """Return mean, std and interpolation that open_clip's published weights of `model` need.
+
+    A checkpoint of one's own is taken to be trained as those were; the plain ViT and ResNet
+    architectures use OpenAI's numbers, the others are looked up in open_clip's own table.
+    """
+    if re.match(r"(ViT|RN)", model) and not re.search(r"SigLIP|CLIPA", model):
+        return OPENAI_MEAN, OPENAI_STD, "bicubic"
+    guard_torchvision()
+    import open_clip  # noqa: PLC0415
+
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    how = open_clip.get_pretrained_cfg(model, tags[0]) if tags else {}
+    mean, std = how.get("mean") or OPENAI_MEAN, how.get("std") or OPENAI_STD
+    return tuple(mean), tuple(std), how.get("interpolation") or "bicubic"
+
+
 def architecture_of(state: dict[str, torch.Tensor]) -> str | None:
-    """Return the open_clip architecture whose image and text towers have these shapes."""
-    facts = _facts(state)
-    if facts is None:
-        return None
-    fitting = [name for name, config in architectures().items() if _says(config) == facts]
-    plain = [name for name in fitting if "quickgelu" not in name] or fitting
-    return min(plain, key=len) if plain else None
+    """Return the open_clip architecture whose image and text towers have these shapes.
+
+    The few that the sizes in their configuration do not rule out are built without memory
+    and compared tensor by tensor.
+    """
+    guard_torchvision()
+    import open_clip  # noqa: PLC0415
+
+    possible = [name for name, config in architectures().items() if _plausible(config, state)]
+    for name in sorted(possible, key=lambda n: ("quickgelu" in n, len(n), n)):
+        try:
+            network = open_clip.create_model(
+                name, pretrained=None, load_weights=False, device="meta"
+            )
+        except (OSError, RuntimeError, NotImplementedError):
+            continue  # its text tower is on the hub, or it cannot be built without memory
+        if not shape_faults(state, network):
+            return name
+    return None
 
 
-def _facts(state: dict[str, torch.Tensor]) -> tuple[int, ...] | None:
-    """Read sizes off a CLIP with a vision transformer: image tower, then text tower."""
-    try:
-        width, _, patch, _ = state["visual.conv1.weight"].shape
-        places = state["visual.positional_embedding"].shape[0] - 1
-        vocabulary, text_width = state["token_embedding.weight"].shape
-        embed = state["visual.proj"].shape[1]
-        context = state["positional_embedding"].shape[0]
-    except (KeyError, ValueError, IndexError):
-        return None
-    image = patch * round(places**0.5)
-    layers = _depth(state, r"visual\.transformer\.resblocks\.(\d+)\.")
-    text_layers = _depth(state, r"transformer\.resblocks\.(\d+)\.")
-    return embed, image, patch, width, layers, context, vocabulary, text_width, text_layers
-
-
-def _depth(state: dict[str, torch.Tensor], pattern: str) -> int:
-    found = [int(m.group(1)) for m in map(re.compile(pattern).match, state) if m]
-    return max(found, default=-1) + 1
-
-
-def _says(config: dict[str, Any]) -> tuple[Any, ...]:
+def _plausible(config: dict[str, Any], state: dict[str, torch.Tensor]) -> bool:
+    """Tell from sizes alone whether a checkpoint can be of a configuration."""
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
-    picked = [config.get("embed_dim")]
-    picked += [vision.get(k) for k in ("image_size", "patch_size", "width", "layers")]
-    picked += [text.get(k) for k in ("context_length", "vocab_size", "width", "layers")]
-    return tuple(picked)
+    resnet = isinstance(vision.get("layers"), list)
+    kinds = {
+        "visual.trunk.": "timm_model_name" in vision,
+        "visual.layer1.": resnet,
+        "text.transformer.embeddings.": "hf_model_name" in text,
+        "text_decoder.": "multimodal_cfg" in config,
+    }
+    for prefix, has in kinds.items():
+        if has != any(name.startswith(prefix) for name in state):
+            return False
+    words = state.get("token_embedding.weight", state.get("text.token_embedding.weight"))
+    if words is not None and words.shape[1] != text.get("width", 512):
+        return False
+    first = state.get("visual.conv1.weight")
+    if first is None or resnet:
+        return True
+    return tuple(first.shape[::3]) == (vision.get("width"), vision.get("patch_size"))
 
 
 class PathGenClip(OpenClipEncoder):

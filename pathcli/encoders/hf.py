@@ -28,19 +28,40 @@ _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         msg = f"{path.parent}: no {path.name}; a transformers CLIP folder has one"
         raise DataError(msg) from None
     except ValueError as error:
         msg = f"{path}: not JSON ({error})"
         raise DataError(msg) from error
+    if not isinstance(found, dict):
+        msg = f"{path}: not a configuration"
+        raise DataError(msg)
     return found
 
 
 def _pixels(value: Any) -> int:  # noqa: ANN401 - as the files have it
     """Return a size that may stand as 224, {"shortest_edge": 224} or {"height": 224, ...}."""
     return int(next(iter(value.values())) if isinstance(value, dict) else value)
+
+
+def _preprocessing(folder: Path) -> dict[str, Any]:
+    """Return how images are prepared, from either of the files transformers writes.
+
+    Raises:
+        DataError: images are not to be normalised or scaled, as they would be here.
+    """
+    name = "preprocessor_config.json"
+    if (folder / name).is_file() or not (folder / "processor_config.json").is_file():
+        how = _read_json(folder / name)
+    else:
+        how = _read_json(folder / "processor_config.json").get("image_processor", {})
+    for flag in ("do_resize", "do_rescale", "do_normalize"):
+        if how.get(flag) is False:
+            msg = f"{folder}: {flag} is off; tiles are always resized, scaled and normalised here"
+            raise DataError(msg)
+    return how
 
 
 class HFClipEncoder:
@@ -52,22 +73,22 @@ class HFClipEncoder:
         """Read the folder's configuration, without importing torch.
 
         Raises:
-            DataError: not a CLIP folder.
+            DataError: not a CLIP folder, or one prepared otherwise than is done here.
             ResourceError: neither a folder nor to be had from the hub.
         """
         self.folder = Path(model) if Path(model).is_dir() else fetch(Hub(model))
-        self.name = f"hf_{self.folder.name if Path(model).is_dir() else model}"
+        self.name = "hf_clip" if Path(model).is_dir() else model.replace("/", "_")
         self.tokens, self.precision = tokens, precision
         kind = _read_json(self.folder / "config.json").get("model_type")
         if kind != "clip":
             msg = f"{self.folder}: a {kind!r} model; only transformers' 'clip' is read here"
             raise DataError(msg)
-        how = _read_json(self.folder / "preprocessor_config.json")
-        self.input_px = _pixels(how.get("crop_size") or how.get("size", 224))
+        how = _preprocessing(self.folder)
+        self.input_px = _pixels(how.get("crop_size") or how.get("size") or 224)
         self.preprocess = Preprocess(
             self.input_px,
-            tuple(how.get("image_mean", OPENAI_MEAN)),
-            tuple(how.get("image_std", OPENAI_STD)),
+            tuple(how.get("image_mean") or OPENAI_MEAN),
+            tuple(how.get("image_std") or OPENAI_STD),
             _RESAMPLE.get(how.get("resample", 3), "unknown"),
         )
         self.native = tile_spec(self.input_px)
@@ -87,14 +108,15 @@ class HFClipEncoder:
         import torch  # noqa: PLC0415
 
         guard_torchvision()
-        from safetensors import SafetensorError  # noqa: PLC0415
         from transformers import CLIPModel  # noqa: PLC0415
+        from transformers.utils import logging  # noqa: PLC0415
 
+        logging.disable_progress_bar()
         try:
             network, told = CLIPModel.from_pretrained(
                 self.folder, local_files_only=True, output_loading_info=True, dtype="float32"
             )
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        except Exception as error:  # readers of weights raise whatever the bytes provoke
             line = (str(error).splitlines() or [type(error).__name__])[0][:120]
             msg = f"{self.folder}: weights cannot be read ({line})"
             raise DataError(msg) from error
@@ -104,7 +126,13 @@ class HFClipEncoder:
             raise DataError(msg)
         self.network = network.eval().requires_grad_(False).to(device)  # noqa: FBT003
         blank = torch.zeros(1, self.input_px, self.input_px, 3, dtype=torch.uint8, device=device)
-        self.row_shape = tuple(self.encode(blank).shape[1:])
+        try:
+            self.row_shape = tuple(self.encode(blank).shape[1:])
+        except ValueError as error:
+            msg = (
+                f"{self.folder}: the model takes other images than its preprocessor makes ({error})"
+            )
+            raise DataError(msg) from error
 
     def _tower(self, pixels: torch.Tensor) -> torch.Tensor:
         seen = self.network.vision_model(pixel_values=pixels)

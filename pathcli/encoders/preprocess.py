@@ -10,6 +10,8 @@ from pathcli.types import UsageError, digest
 if TYPE_CHECKING:
     import torch
 
+Triple = tuple[float, float, float]
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -24,8 +26,8 @@ class Preprocess:
     """
 
     size: int
-    mean: tuple[float, float, float] = OPENAI_MEAN
-    std: tuple[float, float, float] = OPENAI_STD
+    mean: Triple = OPENAI_MEAN
+    std: Triple = OPENAI_STD
     interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:

@@ -107,8 +107,9 @@ class TimmEncoder:
 
         state = read_state(self._file())
         network: torch.nn.Module = timm.create_model(self.model, pretrained=False, num_classes=0)
-        head = [k for k in state if k.startswith(("classifier.", "head.fc.", "fc.", "head."))]
-        state = {k: v for k, v in state.items() if k in network.state_dict() or k not in head}
+        whole: torch.nn.Module = timm.create_model(self.model, pretrained=False)
+        head = whole.state_dict().keys() - network.state_dict().keys()
+        state = {name: tensor for name, tensor in state.items() if name not in head}
         if faults := shape_faults(state, network):
             msg = f"{self._file()}: does not fit timm's {self.model}: {'; '.join(faults[:3])}"
             raise DataError(msg)

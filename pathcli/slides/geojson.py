@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
+from shapely import Polygon, affinity
 
 from pathcli.store.files import write_bytes
 
@@ -18,25 +19,29 @@ if TYPE_CHECKING:
 _COLOUR = [0, 158, 115]
 
 
-def polygons(tissue: Tissue) -> list[list[np.ndarray[Any, Any]]]:
-    """Return one list of rings per island, outline first, holes after; float [k, 2] level-0 px.
+def polygons(tissue: Tissue) -> list[Polygon]:
+    """Return one valid polygon per island, with its holes, in level-0 px.
 
-    Rings lie within a quarter of a mask cell of the cells' edges.
+    Outlines run along the edges of the mask's cells, smoothed by at most half a cell.
     """
     doubled = tissue.mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
     contours, tree = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     islands: dict[int, list[np.ndarray[Any, Any]]] = {}
     for i, contour in enumerate(contours):
         parent = int(tree[0][i][3])
-        smooth = cv2.approxPolyDP(contour, 1.0, closed=True)[:, 0]
-        if len(smooth) < 3:  # noqa: PLR2004 - a polygon has three corners
-            continue
-        ring = (smooth + 0.5) / 2 * np.array(tissue.scale)
+        ring = contour[:, 0].astype(float) + 0.5  # centres of half cells
         if parent < 0:
             islands.setdefault(i, []).insert(0, ring)
-        elif parent in islands:
+        elif parent in islands and len(ring) > 2:  # noqa: PLR2004 - a polygon has three corners
             islands[parent].append(ring)
-    return list(islands.values())
+    found: list[Polygon] = []
+    scale = (tissue.scale[0] / 2, tissue.scale[1] / 2)
+    for outline, *holes in islands.values():
+        # from the centres of the outermost half cells to their edges
+        shape = Polygon(outline, holes).buffer(0.5, join_style="mitre").simplify(1.0).buffer(0)
+        placed = affinity.scale(shape, *scale, origin=(0, 0))
+        found += [part for part in getattr(placed, "geoms", [placed]) if not part.is_empty]
+    return found
 
 
 def write_geojson(path: Path, tissue: Tissue, bounds: tuple[int, int, int, int]) -> None:
@@ -47,14 +52,14 @@ def write_geojson(path: Path, tissue: Tissue, bounds: tuple[int, int, int, int])
     """
     shift = np.array(bounds[:2], float)
     features = []
-    for number, rings in enumerate(polygons(tissue)):
-        closed = [np.concatenate([r, r[:1]]) - shift for r in rings]
+    for number, island in enumerate(polygons(tissue)):
+        rings = [np.array(ring.coords) - shift for ring in (island.exterior, *island.interiors)]
         features.append(
             {
                 "type": "Feature",
                 "geometry": {
                     "type": "Polygon",
-                    "coordinates": [np.round(r, 1).tolist() for r in closed],
+                    "coordinates": [np.round(ring, 1).tolist() for ring in rings],
                 },
                 "properties": {
                     "objectType": "annotation",

@@ -61,10 +61,11 @@ class Canvas:
         low, high = self.place(tiles.xy), self.place(tiles.xy + side)
         return [(int(a), int(b), int(c), int(d)) for (a, b), (c, d) in zip(low, high, strict=True)]
 
-    def contour(self, tissue: Tissue, thickness: int = 3) -> None:
+    def contour(self, tissue: Tissue, colour: tuple[int, int, int], thickness: int) -> None:
         """Draw the outline of the tissue."""
-        rings = [self.place(ring) for island in polygons(tissue) for ring in island]
-        cv2.polylines(self.pixels, rings, True, CONTOUR, thickness, cv2.LINE_AA)  # noqa: FBT003
+        for island in polygons(tissue):
+            rings = [self.place(np.array(r.coords)) for r in (island.exterior, *island.interiors)]
+            cv2.polylines(self.pixels, rings, True, colour, thickness, cv2.LINE_AA)  # noqa: FBT003
 
     def scale_bar(self) -> None:
         """Draw a bar of a round length at the lower left."""
@@ -98,12 +99,15 @@ def draw_tiles(slide: Slide, tiles: Tiles, tissue: Tissue) -> ByteArray:
     boxes = canvas.boxes(tiles)
     for x0, y0, x1, y1 in boxes:
         kept[y0:y1, x0:x1] = True
+    if not boxes:  # nothing was left out in favour of anything
+        kept[:] = True
     pale = (canvas.pixels.astype(np.uint16) + 2 * 255) // 3
     canvas.pixels = np.where(kept[..., None], canvas.pixels, pale.astype(np.uint8))
     canvas.pixels = np.ascontiguousarray(canvas.pixels)
     for x0, y0, x1, y1 in boxes:
         cv2.rectangle(canvas.pixels, (x0, y0), (x1, y1), GRID, 1)
-    canvas.contour(tissue)
+    if tiles.spec.tissue != "none":
+        canvas.contour(tissue, CONTOUR, 3)
     canvas.scale_bar()
     return canvas.pixels
 
@@ -122,7 +126,7 @@ def draw_labels(
         cell = tint[y0:y1, x0:x1]
         cell[:] = cell * (1 - strength) + colour * strength
     canvas.pixels = np.rint(tint).astype(np.uint8)
-    canvas.contour(tissue, thickness=2)
+    canvas.contour(tissue, GRID, 2)  # no colour of a label
     canvas.scale_bar()
     return canvas.pixels
 
