@@ -13,7 +13,6 @@ from pathcli.types import NOTICE, Report
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from pathcli.types import ByteArray
 
@@ -30,6 +29,7 @@ table { border-collapse: collapse; margin: .8rem 0; font-size: .92rem; }
 th, td { text-align: left; padding: .3rem 1.2rem .3rem 0; vertical-align: top;
          border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 th { color: var(--soft); font-weight: 600; }
+pre { background: #f4f5f7; padding: .6rem .9rem; overflow-x: auto; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
 figure { margin: .6rem 0; flex: 1 1 20rem; } figure.strip { flex-basis: 100%; }
 figure img { max-width: 100%; border: 1px solid var(--line); display: block; }
@@ -54,10 +54,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, a table of flat rows, and pictures."""
+    """A heading, a sentence or two, a command, a table of flat rows, and pictures."""
 
     title: str
     text: str = ""
+    code: str = ""
     rows: Sequence[Mapping[str, Any]] = ()
     pictures: Sequence[Picture] = ()
 
@@ -80,16 +81,15 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, report: Report) -> None:
-    """Write a report as JSON."""
-    text = json.dumps(as_json(report), indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+def json_text(report: Report) -> str:
+    """Return a report as the text of its JSON file."""
+    return json.dumps(as_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_html(path: Path, title: str, lead: str, sections: Sequence[Section]) -> None:
-    """Write a page that needs nothing beside itself: styles and pictures are inside it."""
+def html_page(title: str, lead: str, sections: Sequence[Section]) -> str:
+    """Return a page that needs nothing beside itself: styles and pictures are inside it."""
     body = "\n".join(_section(section) for section in sections)
-    page = f"""<!doctype html>
+    return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{_STYLE}</style></head>
@@ -98,13 +98,14 @@ def write_html(path: Path, title: str, lead: str, sections: Sequence[Section]) -
 {body}
 </body></html>
 """
-    path.write_text(page, encoding="utf-8")
 
 
 def _section(section: Section) -> str:
     parts = [f"<h2>{html.escape(section.title)}</h2>"]
     if section.text:
         parts.append(f"<p>{html.escape(section.text)}</p>")
+    if section.code:
+        parts.append(f"<pre>{html.escape(section.code)}</pre>")
     if section.rows:
         parts.append(_table(section.rows))
     if section.pictures:

@@ -81,7 +81,7 @@ CARDS: dict[str, Card] = {
             "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7",
         ),
         "CC0-1.0",
-        "slide: CMU-1 small region, H&E skin, 2220 x 2967 px, 0.499 um per pixel",
+        "CMU-1 small region, H&E skin, 2220 x 2967 px, 0.499 um per pixel",
     ),
     "pathgen-clip": Card(
         Hub("jamessyx/PathGen-CLIP", "pathgenclip.pt"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import synthetic
 from hypothesis import settings
 
 from pathcli import registry, slides
+from pathcli.cli import main
 from pathcli.store import Store
 from pathcli.types import Slide
 from pathcli.weights import find
@@ -93,3 +95,23 @@ def lite0() -> None:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Run the command line in this process: exit code, stdout, stderr."""
+    root = logging.getLogger()
+    before = root.handlers[:]
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        code = caught.value.code
+        return (code if isinstance(code, int) else 0 if code is None else 1), out, err
+
+    yield call
+    root.handlers[:] = before

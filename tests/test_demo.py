@@ -7,7 +7,7 @@ import pytest
 from conftest import TISSUE_BOX
 
 from pathcli.evals.demo import cluster, demo
-from pathcli.report import Picture, Section, as_json, metric, write_html
+from pathcli.report import Picture, Section, as_json, html_page, metric
 from pathcli.store import Store
 from pathcli.types import NOTICE, DataError, Report
 from pathcli.weights import find
@@ -43,6 +43,21 @@ def test_the_demo_leaves_a_page_that_needs_nothing_beside_it(
     assert str(tmp_path) not in json.dumps(told["provenance"]["versions"])
 
 
+def test_the_demo_takes_a_folder_of_one_slide_and_no_more(
+    slide_path: Path, store: Store, fake: type, tmp_path: Path
+) -> None:
+    (tmp_path / "case").mkdir()
+    one = slide_path.rename(tmp_path / "case" / "a.svs")
+    report = demo(one.parent, out=tmp_path / "out", store=store, encoder="fake", mpp=1.0)
+    assert report.metrics["groups"]["value"] > 1
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "upsampled" in page  # what the terminal warns of, the page does too
+    assert "--encoder fake --slide-mpp 1" in page
+    (tmp_path / "case" / "b.svs").write_bytes(one.read_bytes())
+    with pytest.raises(DataError, match="name one slide"):
+        demo(one.parent, out=tmp_path / "out", store=store, encoder="fake")
+
+
 def test_a_slide_without_tissue_has_no_map(tmp_path: Path, store: Store, fake: type) -> None:
     import synthetic
 
@@ -67,12 +82,11 @@ def test_clusters_are_numbered_by_size_and_leave_unreadable_tiles_out(
     assert np.array_equal(labels, cluster(values, status, clusters=3)[0])
 
 
-def test_a_report_escapes_what_it_is_given(tmp_path: Path) -> None:
+def test_a_report_escapes_what_it_is_given() -> None:
     row = {"<b>": "a & b"}
     picture = Picture(np.zeros((4, 4, 3), np.uint8), '"quoted" <i>', (1, 2, 3))
-    section = Section("<script>", "x < y", [row], [picture])
-    write_html(tmp_path / "r.html", "<title>", "lead", [section])
-    page = (tmp_path / "r.html").read_text()
+    section = Section("<script>", "x < y", "a > b", [row], [picture])
+    page = html_page("<title>", "lead", [section])
     assert "<script>" not in page
     assert "<b>" not in page
     assert "a &amp; b" in page

@@ -173,7 +173,9 @@ def test_an_mrxs_and_its_folder_are_one_slide(tmp_path: Path) -> None:
     ("text", "match"),
     [
         ("slide\na.svs\n", "header wsi"),
-        ("wsi,mpp\n", "at least one row"),
+        ("wsi,mpp\n", "names no slide"),
+        ("wsi,mmp\na.svs,1\n", "not wsi,mmp"),
+        ("wsi,mpp\na.svs,352\n", "line 2: mpp '352'"),
         ("wsi,mpp\na.svs,fine\n", "line 2: mpp 'fine'"),
     ],
 )
@@ -193,6 +195,11 @@ def test_an_input_without_a_slide_is_a_fault_and_the_rest_goes_on(
     assert "no slides in this folder" in faults[0]
     assert "nothing matches" in faults[1]
     assert faults[2] == "None"
+
+
+def test_spaces_in_a_list_are_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("wsi, mpp\na.svs, 0.25\na.svs, 0.5\n")
+    assert [f.mpp for f in discover([str(tmp_path / "list.csv")])] == [0.25, 0.5]
 
 
 def test_a_list_may_name_folders(slide_path: Path, tmp_path: Path) -> None:

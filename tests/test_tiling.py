@@ -150,7 +150,13 @@ def test_an_empty_slide_gives_no_tile_and_says_why(tmp_path: Path) -> None:
     run = tile(path, store=Store())
     assert len(run.tiles) == 0
     assert "0.0% of the scan is tissue" in run.warnings[0]
-    assert "--min-tissue" in run.warnings[0]
+    assert "--tissue none" in run.warnings[0]
+
+
+def test_a_patch_smaller_than_dust_on_a_slide_keeps_its_tissue(tmp_path: Path) -> None:
+    Image.fromarray(synthetic.picture(150, 150, (0, 0, 150, 150))).save(tmp_path / "patch.png")
+    run = tile(tmp_path / "patch.png", spec=tile_spec(140, 0.495), store=Store(), mpp=0.495)
+    assert len(run.tiles) == 1
 
 
 def test_a_scan_smaller_than_a_tile_says_so(slide_path: Path) -> None:
@@ -190,13 +196,24 @@ def test_a_coarse_scan_brings_a_warning(slide_path: Path) -> None:
     assert not tile(slide_path, spec=tile_spec(128, 0.49), store=Store()).warnings
 
 
+def test_a_damaged_file_tile_costs_its_own_area_and_is_said(tmp_path: Path) -> None:
+    pixels = synthetic.picture(1536, 1280, (100, 100, 1300, 1100))
+    path = synthetic.slide(tmp_path / "one-level.svs", pixels, levels=1)
+    whole = len(tile(path, spec=tile_spec(64, 0.5)).tiles)
+    synthetic.break_tile(path, 8)  # of 6 x 5: x 512..767, y 256..511
+    run = tile(path, spec=tile_spec(64, 0.5), out=tmp_path / "out")
+    assert "cannot be decoded" in run.warnings[0]
+    assert whole * 0.7 < len(run.tiles) < whole
+    assert run.overview
+
+
 def test_an_overview_of_a_large_level_is_read_in_stripes(
     slide_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slide = open_slide(slide_path)
-    whole = overview(slide, 10).astype(int)
+    whole = overview(slide, 10)[0].astype(int)
     monkeypatch.setattr("pathcli.slides.tissue._READ_PX", 40_000)
-    striped = overview(slide, 10).astype(int)
+    striped = overview(slide, 10)[0].astype(int)
     assert whole.shape == striped.shape == (110, 150, 3)
     assert np.abs(whole - striped).mean() < 2
 

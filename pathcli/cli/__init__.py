@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
+import traceback
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -93,16 +95,27 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]
     _listen(debug=debug)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files can hold any bytes
+            stream.reconfigure(errors="backslashreplace")
+    as_json = "--json" in given
     try:
         app(args=given, prog_name="pathcli")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; what was finished is in the store, the same command goes on")
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            sys.stderr.write("interrupted; what was finished is kept, the same command goes on\n")
+        if stop.code == UsageError.exit_code and as_json:
+            _print_error("wrong usage; stderr says how", UsageError.exit_code)
+        raise
     except BrokenPipeError:
         sys.exit(0)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the one place that turns errors into exit codes
         if debug:
-            raise
-        _fail(error, as_json="--json" in given)
+            traceback.print_exc()
+        _fail(error, as_json=as_json)
+
+
+_INTERRUPTED = 130
 
 
 def _listen(*, debug: bool) -> None:
@@ -118,9 +131,13 @@ def _fail(error: Exception, *, as_json: bool) -> None:
     code = error.exit_code if isinstance(error, PathcliError) else 1
     text = str(error) if known else f"internal error: {explain(error)}"
     if as_json:
-        sys.stdout.write(json.dumps({"error": text, "exit_code": code}) + "\n")
+        _print_error(text, code)
     sys.stderr.write(f"error: {text}\n")
     sys.exit(code)
+
+
+def _print_error(text: str, code: int) -> None:
+    sys.stdout.write(json.dumps({"error": text, "exit_code": code}) + "\n")
 
 
 def explain(error: Exception) -> str:

@@ -59,16 +59,18 @@ def run_batch(
             except Exception as error:  # the batch goes on; the code is not 0
                 log.debug("%s", shown, exc_info=error)
                 batch.failures.append((shown, 1, f"{shown}: {explain(error)}"))
+    path = out / "failures.csv"
     if batch.failures and len(slides) > 1:
-        _write_failures(batch, out)
+        _write_failures(batch, path)
+    elif path.is_file():  # of an earlier run: nothing failed in this one
+        path.unlink()
     return batch
 
 
-def _write_failures(batch: Batch, out: Path) -> None:
-    path = out / "failures.csv"
+def _write_failures(batch: Batch, path: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
             writer.writerow(["wsi", "exit_code", "reason"])
             writer.writerows(batch.failures)
@@ -90,6 +92,8 @@ def finish(batch: Batch, rows: list[dict[str, Any]], *, as_json: bool, out: Path
         show.error(reason)
     if batch.failures and len(batch.failures) + len(batch.results) > 1:
         total = len(batch.failures) + len(batch.results)
-        show.say(f"{len(batch.failures)} of {total} slides failed: {out / 'failures.csv'}")
+        listed = out / "failures.csv"
+        where = f": {listed}" if listed.is_file() else ""
+        show.say(f"{len(batch.failures)} of {total} slides failed{where}")
     if batch.exit_code:
         raise typer.Exit(batch.exit_code)

@@ -31,6 +31,7 @@ def demo(
     from pathcli.evals.demo import demo as show_river  # noqa: PLC0415
     from pathcli.report import as_json  # noqa: PLC0415
 
+    o.check(slide_mpp, device)
     with show.progress(1) as start:
         report = show_river(
             slide,

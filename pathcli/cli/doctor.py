@@ -67,7 +67,6 @@ def _software() -> list[dict[str, Any]]:
 
 
 def _store(root: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a path or None
-    from pathcli.store.store import default_root  # noqa: PLC0415
     from pathcli.types import PathcliError  # noqa: PLC0415
 
     try:
@@ -75,7 +74,7 @@ def _store(root: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a path or None
     except PathcliError as error:
         return [_row("store", "missing", str(error))]
     free = shutil.disk_usage(opened.root).free / 1e9
-    where = "the user's cache" if opened.root == default_root() else "given"
+    where = "--store" if root else "the default"
     state = "ok" if free > 1 else "low"
     detail = f"{opened.root} ({where}), {len(opened.features)} features, {free:.1f} GB free"
     return [_row("store", state, detail)]

@@ -31,7 +31,10 @@ def embed(
     batch: Annotated[int, typer.Option("--batch", help="Tiles per forward pass.", min=1)] = 32,
     workers: Annotated[int, typer.Option("--workers", help="Threads that read.", min=1)] = 2,
     max_bad_tiles: Annotated[
-        float, typer.Option("--max-bad-tiles", help="Share of unreadable tiles a slide may have.")
+        float,
+        typer.Option(
+            "--max-bad-tiles", help="Share of unreadable tiles a slide may have.", min=0, max=1
+        ),
     ] = 0.01,
     size: o.Size = None,
     mpp: o.Mpp = None,
@@ -55,9 +58,10 @@ def embed(
     from pathcli.encoders.embedding import Embedder  # noqa: PLC0415
     from pathcli.slides.discovery import discover  # noqa: PLC0415
 
+    o.check(slide_mpp, device)
     built = build_encoder(encoder, checkpoint=checkpoint, tokens=tokens, precision=precision)
     spec = o.spec_of(built.native, size, mpp, step, tissue, min_tissue)
-    if size is None or mpp is None:
+    if size is None and mpp is None:
         show.say(native_line(built.name, spec, built.native_source))
     _ = built.id  # weights that are not here fail the command once, not every slide
     kept = o.open_store(store)

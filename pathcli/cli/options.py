@@ -15,46 +15,81 @@ Slides = Annotated[
     list[str],
     typer.Argument(help="Slides, folders, globs, addresses, or a CSV with the header wsi[,mpp]."),
 ]
-Size = Annotated[int | None, typer.Option("--size", help="Side of a tile in pixels.", min=1)]
-Mpp = Annotated[float | None, typer.Option("--mpp", help="Micrometres per pixel of a tile.")]
-Step = Annotated[
-    int | None, typer.Option("--step", help="Pixels from tile to tile [default: --size].", min=1)
+Size = Annotated[
+    int | None,
+    typer.Option("--size", help="Side of a tile in pixels.", metavar="PX", min=1, max=8192),
 ]
-Tissue = Annotated[str, typer.Option("--tissue", help="Tissue method: otsu, hsv or none.")]
+Mpp = Annotated[
+    float | None, typer.Option("--mpp", help="Micrometres per pixel of a tile.", metavar="UM")
+]
+Step = Annotated[
+    int | None,
+    typer.Option("--step", help="From tile to tile [default: --size].", metavar="PX", min=1),
+]
+Tissue = Annotated[str, typer.Option("--tissue", help="Tissue method.", metavar="otsu|hsv|none")]
 MinTissue = Annotated[
-    float, typer.Option("--min-tissue", help="Least share of tissue in a tile, 0 to 1.")
+    float, typer.Option("--min-tissue", help="Least share of tissue in a tile.", metavar="0-1")
 ]
 SlideMpp = Annotated[
     float | None,
-    typer.Option("--slide-mpp", help="Micrometres per pixel of the scan, over its header's."),
+    typer.Option(
+        "--slide-mpp", help="Micrometres per pixel of the scan, over its header's.", metavar="UM"
+    ),
 ]
 Overview = Annotated[
     bool, typer.Option("--overview/--no-overview", help="Draw scan, tissue and tiles as PNG.")
 ]
 GeoJSON = Annotated[bool, typer.Option("--geojson", help="Write the tissue for QuPath.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder for pictures and failures.csv.")]
+Out = Annotated[
+    Path, typer.Option("--out", help="Folder for pictures and failures.csv.", metavar="DIR")
+]
 StoreRoot = Annotated[
     Path | None,
-    typer.Option("--store", help="The store [default: $PATHCLI_STORE, else the user's cache]."),
+    typer.Option(
+        "--store", help="The store [default: $PATHCLI_STORE, else the user's cache].", metavar="DIR"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Encoder = Annotated[
     str,
-    typer.Option("--encoder", help="Encoder: a name, open_clip:ARCH, hf:FOLDER or timm:NAME."),
+    typer.Option(
+        "--encoder", help="A name, open_clip:ARCH, hf:FOLDER or timm:NAME.", metavar="NAME"
+    ),
 ]
 Checkpoint = Annotated[
-    Path | None, typer.Option("--checkpoint", help="Weights to use instead of the published.")
+    Path | None,
+    typer.Option("--checkpoint", help="Weights to use instead of the published.", metavar="FILE"),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Device = Annotated[
+    str, typer.Option("--device", help="Where to compute.", metavar="auto|cpu|cuda[:N]|mps")
+]
 
 OUT = Path("pathcli-out")
 
 
-def open_store(root: Path | None) -> Store:
-    """Open the store an option names."""
+def open_store(root: Path | None, *, create: bool = True) -> Store:
+    """Open the store an option names; commands that only read do not make one."""
     from pathcli.store import Store  # noqa: PLC0415
 
-    return Store(root)
+    return Store(root, create=create or root is None)
+
+
+def check(slide_mpp: float | None, device: str = "auto") -> None:
+    """Refuse values that no slide and no machine could have.
+
+    Raises:
+        UsageError: a resolution outside what scans have, or no name of a device.
+    """
+    import re  # noqa: PLC0415
+
+    from pathcli.types import MPP_RANGE, UsageError  # noqa: PLC0415
+
+    if slide_mpp is not None and not MPP_RANGE[0] <= slide_mpp <= MPP_RANGE[1]:
+        msg = f"--slide-mpp {slide_mpp:g} is outside {MPP_RANGE[0]:g}-{MPP_RANGE[1]:g} um per pixel"
+        raise UsageError(msg)
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        msg = f"--device is auto, cpu, cuda, cuda:N or mps, not {device!r}"
+        raise UsageError(msg)
 
 
 def spec_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ def list_entries(store: o.StoreRoot = None, json: o.Json = False) -> None:
     """List the entries of the store, one line each."""
     from pathcli.cli import show  # noqa: PLC0415
 
-    opened = o.open_store(store)
+    opened = o.open_store(store, create=False)
     rows: list[dict[str, Any]] = []
     for kind, entries in (("tiles", opened.tiles), ("features", opened.features)):
         for key in entries:
@@ -54,7 +55,7 @@ def info(
     """Say what the store holds in all, or everything it knows of one item."""
     from pathcli.cli import show  # noqa: PLC0415
 
-    opened = o.open_store(store)
+    opened = o.open_store(store, create=False)
     value = _item(opened, item) if item else _summary(opened)
     if json:
         show.as_json(value)
@@ -104,7 +105,7 @@ def verify(store: o.StoreRoot = None, json: o.Json = False) -> None:
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.store.upkeep import verify as check  # noqa: PLC0415
 
-    opened = o.open_store(store)
+    opened = o.open_store(store, create=False)
     found = list(check(opened))
     counts = Counter(f.state for f in found)
     rows = [
@@ -128,7 +129,8 @@ def prune(
         str | None, typer.Option("--encoder", help="Also all features of this encoder id.")
     ] = None,
     older_than: Annotated[
-        float | None, typer.Option("--older-than", help="Also features older than DAYS.")
+        float | None,
+        typer.Option("--older-than", help="Also older features.", metavar="DAYS", min=0),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     store: o.StoreRoot = None,
@@ -141,7 +143,9 @@ def prune(
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.store.upkeep import prune as remove  # noqa: PLC0415
 
-    opened = o.open_store(store)
+    opened = o.open_store(store, create=False)
+    # the removals are listed here; the library logs them too
+    logging.getLogger("pathcli").setLevel(logging.WARNING)
     gone = remove(opened, encoder=encoder, older_than_days=older_than, dry_run=dry_run)
     rows = [
         {"file": str(r.path.relative_to(opened.root)), "why": r.why, "bytes": r.size} for r in gone

@@ -39,6 +39,7 @@ def tile(
     from pathcli.slides.tiling import summary, tile_spec  # noqa: PLC0415
     from pathcli.slides.tiling import tile as cut  # noqa: PLC0415
 
+    o.check(slide_mpp)
     spec = o.spec_of(tile_spec(), size, mpp, step, tissue, min_tissue)
     opened = o.open_store(store)
 

@@ -15,11 +15,12 @@ import numpy as np
 from pathcli import __version__
 from pathcli.encoders import build_encoder
 from pathcli.encoders.embedding import Embedder, EmbedRun, embed_summary
-from pathcli.report import Picture, Section, metric, write_html, write_json
-from pathcli.slides import open_slide
+from pathcli.report import Picture, Section, html_page, json_text, metric
+from pathcli.slides import discover, open_slide
 from pathcli.slides.overlay import PALETTE, draw_labels, draw_tiles
 from pathcli.slides.tiling import read_tile, tile_spec
 from pathcli.slides.tissue import find_tissue
+from pathcli.store.files import write_bytes
 from pathcli.types import DataError, Report, Tiles, TileStatus
 from pathcli.weights import card, fetch
 
@@ -64,7 +65,7 @@ def demo(
         ResourceError: slide or weights are neither here nor to be had.
     """
     clock = [("start", time.perf_counter())]
-    path = fetch("demo-slide") if slide is None else slide
+    path = fetch("demo-slide") if slide is None else _one_slide(slide)
     source = card("demo-slide") if slide is None else None
     built = build_encoder(encoder)
     native = built.native
@@ -74,21 +75,35 @@ def demo(
     run = embedder(path, spec=spec, mpp=mpp, progress=progress)
     clock.append(("tile and embed", time.perf_counter()))
     if run.tiles - run.unreadable < 2:  # noqa: PLR2004 - a map needs two
-        why = "; ".join(run.warnings) or f"{run.tiles} tile(s)"
-        msg = f"{path}: nothing to map: {why}"
+        why = "; ".join(["a map needs two tiles", *run.warnings])
+        msg = f"{path}: nothing to map ({run.tiles} tiles): {why}"
         raise DataError(msg)
     features = embedder.store.features[run.key]
     labels, order = cluster(features.values, features.status)
     clock.append(("cluster", time.perf_counter()))
     sections = _pictures(path, run, labels, order)
     clock.append(("draw", time.perf_counter()))
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     report = _report(run, built, labels, clock, source.what if source else "the user's own")
-    sections += _tables(run, report, out)
-    write_json(out / "demo.json", report)
-    write_html(out / "report.html", report.title, LEAD, sections)
+    given = {"--slide": slide, "--encoder": encoder, "--slide-mpp": mpp, "--out": out}
+    shown = [f"{name} {value}" for name, value in given.items() if value is not None]
+    sections += _tables(run, report, " ".join(["pathcli demo", *shown]))
+    page = html_page(report.title, LEAD, sections)
+    write_bytes(Path(out) / "demo.json", json_text(report).encode(), lambda _: None, "--out")
+    write_bytes(Path(out) / "report.html", page.encode(), lambda _: None, "--out")
     return report
+
+
+def _one_slide(slide: Path | str) -> Path | str:
+    """Return the one slide that a path or folder means.
+
+    Raises:
+        DataError: a folder of several slides, or of none.
+    """
+    found = discover([str(slide)])
+    if len(found) > 1:
+        msg = f"{slide}: {len(found)} slides; name one slide"
+        raise DataError(msg)
+    return found[0].checked().path
 
 
 def cluster(
@@ -105,7 +120,8 @@ def cluster(
     good = np.flatnonzero(status == TileStatus.OK)
     x = values[good].astype(np.float32).reshape(len(good), -1)
     x /= np.linalg.norm(x, axis=1, keepdims=True) + 1e-12
-    found = KMeans(min(clusters, len(good)), n_init=10, random_state=0).fit(x)
+    count = min(clusters, max(2, len(good) // 4))  # a group of one tile shows nothing
+    found = KMeans(count, n_init=10, random_state=0).fit(x)
     rank = np.argsort(np.argsort(-np.bincount(found.labels_, minlength=found.n_clusters)))
     labels = np.full(len(values), -1)
     labels[good] = rank[found.labels_]
@@ -207,7 +223,7 @@ def versions() -> dict[str, str]:
     return here | {name: version(name) for name in names}
 
 
-def _tables(run: EmbedRun, report: Report, out: Path) -> list[Section]:
+def _tables(run: EmbedRun, report: Report, command: str) -> list[Section]:
     known: dict[str, Any] = dict(report.provenance)
     tiles = run.tiling.tiles
     facts = {
@@ -216,20 +232,22 @@ def _tables(run: EmbedRun, report: Report, out: Path) -> list[Section]:
         "resolution": f"{tiles.slide_mpp:g} um per pixel ({run.tiling.mpp_source})",
         "reader": run.tiling.reader,
         "tiles": f"{len(tiles)} of {tiles.spec.size_px} px at {tiles.spec.mpp:g} um per pixel",
+        "tissue": f"{tiles.tissue_share:.0%} of the scan, by {tiles.spec.tissue}",
         "features": f"{run.tiles} x {run.row_shape[0]}, {run.encoded} computed now",
         "encoder": run.key.encoder,
+        "groups": f"{len(report.rows)} by k-means (seed 0) on features of unit length",
+        "date": time.strftime("%Y-%m-%d"),
     }
     timing = [{"part": name, "seconds": value} for name, value in known["seconds"].items()]
-    keys = [
-        {"what": k, "value": v} for k, v in {**known["store_keys"], **known["versions"]}.items()
-    ]
-    again = (
-        f"pathcli demo --out {out}"
-        if known["slide"] != "the user's own"
-        else "pathcli demo --slide ..."
-    )
+    keys = {**known["store_keys"], **known["versions"]}
+    warnings = [Section("Mind this", rows=[{"warning": w} for w in run.warnings])]
     return [
-        Section("The slide", rows=[{"": k, "value": v} for k, v in facts.items()]),
+        *(warnings if run.warnings else []),
+        Section("The slide and how it was read", rows=_pairs(facts)),
         Section("Where the time went", rows=timing),
-        Section("To repeat it", f"Run: {again}", rows=keys),
+        Section("To repeat it", code=command, rows=_pairs(keys)),
     ]
+
+
+def _pairs(values: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"what": name, "value": value} for name, value in values.items()]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import csv
 import glob
 import io
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pathcli.slides.dicom import series_uid
 from pathcli.slides.readers import IMAGE_SUFFIXES
-from pathcli.types import DataError
+from pathcli.types import MPP_RANGE, DataError
 
 SLIDE_SUFFIXES = {
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".zvi"),
@@ -50,19 +51,22 @@ def discover(inputs: list[str]) -> list[Found]:
     A path that does not exist is returned as it is: opening it says so. A folder or glob
     without slides, or a CSV that is no slide list, is returned with its fault.
     """
-    found: dict[str, Found] = {}
+    found: dict[tuple[str, float | None], Found] = {}
     for text in inputs:
         try:
             slides = _expand(text)
         except DataError as error:
             slides = [Found(text, fault=error)]
         for slide in slides:
-            found.setdefault(str(slide.path), slide)
+            found.setdefault((str(slide.path), slide.mpp), slide)
     return list(found.values())
 
 
 def _expand(text: str) -> list[Found]:
     path = Path(text).expanduser()
+    if not text:
+        msg = "an empty argument names no slide"
+        raise DataError(msg)
     if "://" in text:
         return [Found(text)]
     if path.is_dir():
@@ -91,7 +95,8 @@ def _series(files: list[Path], path: Path) -> Path:
 
 
 def _folder(folder: Path) -> list[Path]:
-    mrxs = folder.with_suffix(".mrxs")
+    folder = folder if folder.name else folder.resolve()  # "." and ".." have no name
+    mrxs = folder.with_suffix(".mrxs") if folder.name else folder
     if mrxs.is_file() and (folder / "Slidedat.ini").is_file():
         return [mrxs]
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
@@ -118,23 +123,44 @@ def _inside_mrxs(path: Path) -> bool:
 def _csv(path: Path) -> list[Found]:
     """Read a list with the header `wsi[,mpp]`; paths are relative to the list."""
     try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
+        lines = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
     except (UnicodeDecodeError, csv.Error) as error:
         msg = f"{path}: not a CSV file ({error})"
         raise DataError(msg) from error
-    if not rows or "wsi" not in rows[0]:
-        msg = f"{path}: a slide list is a CSV with the header wsi or wsi,mpp and at least one row"
+    header = [name.strip() for name in lines[0]] if lines else []
+    if "wsi" not in header or set(header) - {"wsi", "mpp"}:
+        got = ",".join(header) or "nothing"
+        msg = f"{path}: a slide list is a CSV with the header wsi or wsi,mpp, not {got}"
         raise DataError(msg)
     slides = []
-    for line, row in enumerate(rows, start=2):
-        if not row["wsi"]:
-            continue
-        try:
-            mpp = float(row["mpp"]) if row.get("mpp") else None
-        except ValueError:
-            msg = f"{path}, line {line}: mpp {row['mpp']!r} is not a number"
-            raise DataError(msg) from None
-        name = row["wsi"]
-        place = name if "://" in name else str(path.parent / Path(name).expanduser())
-        slides += [replace(slide, mpp=mpp) for slide in _expand(place)]
+    for number, cells in enumerate(lines[1:], start=2):
+        row = dict(zip(header, (cell.strip() for cell in cells), strict=False))
+        if row.get("wsi"):
+            mpp = _csv_mpp(path, number, row.get("mpp"))
+            slides += _csv_row(path, row["wsi"], mpp)
+    if not slides:
+        msg = f"{path}: names no slide"
+        raise DataError(msg)
     return slides
+
+
+def _csv_mpp(path: Path, line: int, text: str | None) -> float | None:
+    try:
+        mpp = float(text) if text else None
+    except ValueError:
+        mpp = math.nan
+    if mpp is not None and not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
+        msg = (
+            f"{path}, line {line}: mpp {text!r} is no number within "
+            f"{MPP_RANGE[0]:g}-{MPP_RANGE[1]:g} um per pixel"
+        )
+        raise DataError(msg)
+    return mpp
+
+
+def _csv_row(path: Path, name: str, mpp: float | None) -> list[Found]:
+    place = name if "://" in name else str(path.parent / Path(name).expanduser())
+    try:
+        return [replace(slide, mpp=mpp) for slide in _expand(place)]
+    except DataError as error:
+        return [Found(place, fault=error)]

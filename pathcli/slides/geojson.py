@@ -69,4 +69,4 @@ def write_geojson(path: Path, tissue: Tissue, bounds: tuple[int, int, int, int])
             }
         )
     collection = {"type": "FeatureCollection", "features": features}
-    write_bytes(path, json.dumps(collection).encode(), lambda _: None)
+    write_bytes(path, json.dumps(collection).encode(), lambda _: None, "--out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pathcli.slides.geojson import polygons
 from pathcli.slides.tissue import overview
-from pathcli.store.files import disk_errors
+from pathcli.store.files import write_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +40,7 @@ class Canvas:
         """Read the picture, `long_side` px long; `mpp` is um per level-0 px."""
         x, y, w, h = slide.info.bounds
         down = max(1.0, max(w, h) / long_side)
-        whole = overview(slide, down)
+        whole, _ = overview(slide, down)
         sx, sy = whole.shape[1] / slide.info.width, whole.shape[0] / slide.info.height
         part = whole[round(y * sy) : round((y + h) * sy), round(x * sx) : round((x + w) * sx)]
         grow = long_side / max(part.shape[:2])
@@ -137,6 +138,6 @@ def save_png(path: Path, pixels: ByteArray) -> None:
     Raises:
         ResourceError: the disk is full, or the folder may not be written.
     """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path, optimize=False, compress_level=4)
+    memory = io.BytesIO()
+    Image.fromarray(pixels).save(memory, "PNG", compress_level=4)
+    write_bytes(path, memory.getvalue(), lambda _: None, "--out")

@@ -367,13 +367,13 @@ def slide_mpp(slide: Slide, given: float | None = None) -> float:
     value = given if given is not None else slide.info.mpp
     name = str(slide.path)
     if value is None:
-        msg = f"{name}: the file does not say its resolution; give it: --slide-mpp 0.25"
+        msg = f"{name}: the file does not say its resolution; give it, e.g. --slide-mpp 0.25"
         raise DataError(msg)
     if not MPP_RANGE[0] <= value <= MPP_RANGE[1]:
         source = "given" if given is not None else "in its header"
         msg = (
             f"{name}: the resolution {source} is {value:.4g} um per pixel, outside "
-            f"{MPP_RANGE[0]:g}-{MPP_RANGE[1]:g}; give the right one: --slide-mpp 0.25"
+            f"{MPP_RANGE[0]:g}-{MPP_RANGE[1]:g}; give the right one, e.g. --slide-mpp 0.25"
         )
         raise DataError(msg)
     return float(f"{value:.6g}")

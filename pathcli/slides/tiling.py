@@ -15,9 +15,16 @@ from PIL import Image
 from pathcli.slides.geojson import write_geojson
 from pathcli.slides.overlay import draw_tiles, save_png
 from pathcli.slides.readers import open_slide, slide_mpp
-from pathcli.slides.tissue import Tissue, best_level, find_tissue, method, parameters_of
+from pathcli.slides.tissue import (
+    DARK_BACKGROUND,
+    Tissue,
+    best_level,
+    find_tissue,
+    method,
+    parameters_of,
+)
 from pathcli.store import Store
-from pathcli.types import Tiles, TileSpec
+from pathcli.types import Tiles, TileSpec, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -159,11 +166,12 @@ def _draw(
 ) -> dict[str, Path]:
     """Write the pictures asked for; return their paths by name."""
     written = {}
+    name = f"{tiles.item}.{tiles.spec.digest}"  # other parameters, another picture
     if overview:
-        written["overview"] = out / f"{tiles.item}.overview.png"
+        written["overview"] = out / f"{name}.overview.png"
         save_png(written["overview"], draw_tiles(slide, tiles, tissue))
     if geojson:
-        written["geojson"] = out / f"{tiles.item}.tissue.geojson"
+        written["geojson"] = out / f"{name}.tissue.geojson"
         write_geojson(written["geojson"], tissue, slide.info.bounds)
     return written
 
@@ -207,7 +215,7 @@ def _cut(slide: Slide, spec: TileSpec, mpp: float, tissue: Tissue) -> Tiles:
     if len(candidates):
         fraction = tissue.fraction(candidates, (side0, side0))
         xy = candidates[(fraction >= spec.min_tissue) & (fraction > 0)]
-    if not len(xy) and not tissue.warnings:
+    if not len(xy) and DARK_BACKGROUND not in warnings:
         warnings.append(_why_no_tile(spec, mpp, slide, share, len(candidates)))
     return _tiles(slide, spec, mpp, xy, share=share, warnings=tuple(warnings))
 
@@ -217,8 +225,17 @@ def grid(spec: TileSpec, mpp: float, bounds: tuple[int, int, int, int]) -> NDArr
 
     Corner k is round(k * step_px * spec.mpp / mpp); a tile that crosses the border of
     `bounds` (x, y, width, height) is left out.
+
+    Raises:
+        UsageError: the step is less than one level-0 pixel.
     """
     side0, step0 = spec.size_um / mpp, spec.step_px * spec.mpp / mpp
+    if step0 < 1:
+        msg = (
+            f"a step of {spec.step_px} px at {spec.mpp:g} um per pixel is {step0:.2g} px of a scan "
+            f"with {mpp:g}: tiles would repeat; use --step {math.ceil(mpp / spec.mpp)} or more"
+        )
+        raise UsageError(msg)
     axes = []
     for start, length in zip(bounds[:2], bounds[2:], strict=True):
         k = np.arange(math.floor(start / step0), math.ceil((start + length) / step0) + 1)
@@ -236,10 +253,10 @@ def _why_no_tile(spec: TileSpec, mpp: float, slide: Slide, share: float, candida
             f"no tile: the scan is {width * mpp:.0f} x {height * mpp:.0f} um, a tile needs "
             f"{spec.size_um:.0f} um a side; try a smaller --size or --mpp"
         )
+    lower = "--min-tissue 0.1, " if share > 0 else ""
     return (
         f"no tile: {share:.1%} of the scan is tissue and no tile reaches the "
-        f"{spec.min_tissue:.0%} asked for; try --min-tissue 0.1, another --tissue method, or "
-        "--tissue none"
+        f"{spec.min_tissue:.0%} asked for; try {lower}another --tissue method, or --tissue none"
     )
 
 

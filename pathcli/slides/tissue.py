@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from pathcli.types import ByteArray, Slide, TileSpec
 
-_READ_PX = 16_000_000  # pixels of a level read at once; larger levels are read in stripes
+_SMALLEST = 512  # pixels of a level: a smaller block that cannot be read is given up
+_READ_PX = 16_000_000  # pixels of a level read at once; larger levels are read in blocks
 DARK_BACKGROUND = (
     "no tile: the background is black, as in fluorescence, and tissue rules for stained slides "
     "do not apply; --tissue none takes the whole scan"
@@ -174,7 +175,8 @@ def _tidy(
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
     closed = cv2.morphologyEx(found.astype(np.uint8), cv2.MORPH_CLOSE, kernel)
     cell_mm2 = (um_per_px / 1000) ** 2
-    solid = _drop_small(closed, area_mm2 / cell_mm2)
+    least = min(area_mm2 / cell_mm2, found.size / 10)  # a patch is smaller than a slide's dust
+    solid = _drop_small(closed, least)
     return ~_drop_small((~solid).astype(np.uint8), hole_mm2 / cell_mm2)
 
 
@@ -211,13 +213,17 @@ def find_tissue(slide: Slide, spec: TileSpec, mpp: float) -> Tissue:
     if built.version != spec.tissue_version:
         msg = f"tissue method {spec.tissue} is version {built.version}, not {spec.tissue_version}"
         raise DataError(msg)
-    thumbnail = overview(slide, max(1.0, built.mask_mpp / mpp))
+    thumbnail, lost = overview(slide, max(1.0, built.mask_mpp / mpp))
+    if lost == 1:
+        msg = f"{slide.path}: no part of the scan can be decoded; is the file whole?"
+        raise DataError(msg)
+    told = (f"{lost:.2%} of the scan cannot be decoded: no tissue is found there",) if lost else ()
     height, width = thumbnail.shape[:2]
     scale = (slide.info.width / width, slide.info.height / height)
     if spec.tissue != "none" and _dark_background(thumbnail, slide, scale):
         nothing = np.zeros((height, width), bool)
-        return Tissue(nothing, thumbnail, scale, (DARK_BACKGROUND,))
-    return Tissue(built.mask(thumbnail, mpp * scale[0]), thumbnail, scale)
+        return Tissue(nothing, thumbnail, scale, (DARK_BACKGROUND, *told))
+    return Tissue(built.mask(thumbnail, mpp * scale[0]), thumbnail, scale, told)
 
 
 def _dark_background(thumbnail: ByteArray, slide: Slide, scale: tuple[float, float]) -> bool:
@@ -231,11 +237,12 @@ def _dark_background(thumbnail: ByteArray, slide: Slide, scale: tuple[float, flo
     return bool(black.mean() > 0.5 and glass.mean() < 0.1 * (1 - black.mean()))  # noqa: PLR2004
 
 
-def overview(slide: Slide, downsample: float) -> ByteArray:
+def overview(slide: Slide, downsample: float) -> tuple[ByteArray, float]:
     """Return the whole of level 0, reduced by about `downsample`, uint8 RGB [h, w, 3].
 
     Uses the coarsest level that is fine enough, averages areas, and reads large levels in
-    stripes, so that memory stays bounded for a slide without a pyramid.
+    blocks, so that memory stays bounded for a slide without a pyramid. A block that cannot
+    be decoded is white; the second value is the share of the area so lost.
     """
     info = slide.info
     width = max(1, round(info.width / downsample))
@@ -243,14 +250,32 @@ def overview(slide: Slide, downsample: float) -> ByteArray:
     level = best_level(slide, downsample)
     step = slide.downsamples[level]
     level_w, level_h = round(info.width / step), round(info.height / step)
+    picture = np.full((height, width, 3), 255, np.uint8)
+    lost = 0
+
+    def fill(x0: int, y0: int, x1: int, y1: int) -> int:
+        """Fill one rectangle of the picture; return how many of its pixels were lost."""
+        left, right = round(x0 * level_w / width), round(x1 * level_w / width)
+        top, bottom = round(y0 * level_h / height), round(y1 * level_h / height)
+        try:
+            region = slide.read(
+                (round(left * step), round(top * step)), level, (right - left, bottom - top)
+            )
+        except DataError:
+            if max(right - left, bottom - top) > _SMALLEST and min(x1 - x0, y1 - y0) > 1:
+                x, y = (x0 + x1) // 2, (y0 + y1) // 2
+                quarters = ((x0, y0, x, y), (x, y0, x1, y), (x0, y, x, y1), (x, y, x1, y1))
+                return sum(fill(*quarter) for quarter in quarters)
+            return (x1 - x0) * (y1 - y0)
+        size = (x1 - x0, y1 - y0)
+        picture[y0:y1, x0:x1] = cv2.resize(region, size, interpolation=cv2.INTER_AREA)
+        return 0
+
     stripes = max(1, math.ceil(level_w * level_h / _READ_PX))
-    edges = np.linspace(0, height, stripes + 1).round().astype(int)
-    rows = []
-    for top, bottom in pairwise(edges):
-        y0, y1 = round(top * level_h / height), round(bottom * level_h / height)
-        region = slide.read((0, round(y0 * step)), level, (level_w, y1 - y0))
-        rows.append(cv2.resize(region, (width, bottom - top), interpolation=cv2.INTER_AREA))
-    return np.concatenate(rows).astype(np.uint8, copy=False)
+    edges = np.linspace(0, height, min(stripes, height) + 1).round().astype(int)
+    for top, bottom in pairwise(edges.tolist()):
+        lost += fill(0, top, width, bottom)
+    return picture, lost / (width * height)
 
 
 def best_level(slide: Slide, downsample: float) -> int:

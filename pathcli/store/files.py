@@ -25,7 +25,7 @@ def part_path(entry: Path) -> Path:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, option: str = "--store") -> Iterator[None]:
     """Turn the system's refusals to write `path` into one clear line.
 
     Raises:
@@ -39,11 +39,11 @@ def disk_errors(path: Path) -> Iterator[None]:
             free = shutil.disk_usage(_existing(path)).free / 1e6
             msg = (
                 f"{path}: disk full ({free:.1f} MB free); free some space, or give another "
-                "folder with --store"
+                f"folder with {option}"
             )
             raise ResourceError(msg) from error
         if error.errno in _CLOSED or "Permission denied" in str(error):
-            msg = f"{path}: no permission to write; give another folder with --store"
+            msg = f"{path}: no permission to write; give another folder with {option}"
             raise ResourceError(msg) from error
         if isinstance(error, FileExistsError | NotADirectoryError):
             msg = f"{path}: a file is where a folder is needed; give another folder"
@@ -94,14 +94,16 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def write_bytes(entry: Path, data: bytes, verify: Callable[[Path], object]) -> None:
+def write_bytes(
+    entry: Path, data: bytes, verify: Callable[[Path], object], option: str = "--store"
+) -> None:
     """Write a small file whole or not at all; of two writers at once the last one stays.
 
     Raises:
         ResourceError: the disk is full, or the folder may not be written.
     """
     part = part_path(entry.with_name(f"{entry.name}.{os.getpid()}-{threading.get_ident()}"))
-    with disk_errors(entry):
+    with disk_errors(entry, option):
         entry.parent.mkdir(parents=True, exist_ok=True)
         try:
             part.write_bytes(data)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import zlib
 from contextlib import contextmanager
@@ -44,18 +45,22 @@ CREATOR = f"pathcli {__version__}"
 
 def _tile_attributes(tiles: Tiles) -> dict[str, Any]:
     """Return what a reader of TRIDENT or CLAM files looks for on `coords`."""
-    power = 10.0 / tiles.slide_mpp
     return {
         "patch_size": tiles.spec.size_px,
         "patch_size_level0": round(tiles.side0),
-        "level0_magnification": round(power),
-        "target_magnification": round(10.0 / tiles.spec.mpp),
+        "level0_magnification": _magnification(tiles.slide_mpp),
+        "target_magnification": _magnification(tiles.spec.mpp),
         "overlap": tiles.spec.size_px - tiles.spec.step_px,
         "name": tiles.item,
         "savetodir": "None",
         "level0_width": tiles.width,
         "level0_height": tiles.height,
     }
+
+
+def _magnification(mpp: float) -> float:
+    """Return the objective readers expect at a resolution: the nearest of ..., 10, 20, 40, ..."""
+    return float(10 * 2 ** round(math.log2(1 / mpp)))
 
 
 def _write_tile_part(file: h5py.File, tiles: Tiles) -> None:

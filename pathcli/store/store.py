@@ -140,19 +140,23 @@ class Store:
     Every command shares it, so what one computed the next one finds.
     """
 
-    def __init__(self, root: Path | str | None = None) -> None:
+    def __init__(self, root: Path | str | None = None, *, create: bool = True) -> None:
         """Open the store at `root` (default: `$PATHCLI_STORE`, else the user's cache).
 
         Raises:
             DataError: the folder is not a store, or of a newer format.
-            ResourceError: it cannot be created or read.
+            ResourceError: it cannot be created or read, or with `create` off is not there.
         """
         self.root = Path(root).expanduser() if root else default_root()
         self.tiles = TileEntries(self.root)
         self.features = FeatureEntries(self.root)
-        self._open()
+        try:
+            self._open(create=create)
+        except OSError as error:
+            msg = f"{self.root}: cannot be used ({error.strerror}); give another --store"
+            raise ResourceError(msg) from error
 
-    def _open(self) -> None:
+    def _open(self, *, create: bool) -> None:
         marker = self.root / "store.json"
         if self.root.exists() and not self.root.is_dir():
             msg = f"{self.root}: a store is a folder, this is a file; give another --store"
@@ -164,13 +168,15 @@ class Store:
             if any(not path.name.startswith("store.json") for path in others):
                 msg = f"{self.root}: not a store, and not empty; give an empty folder as --store"
                 raise DataError(msg) from None
+            if not create and not self.root.is_dir():
+                msg = f"{self.root}: no store here"
+                raise ResourceError(msg) from None
             with disk_errors(marker):
                 self.root.mkdir(parents=True, exist_ok=True)
             write_bytes(marker, json.dumps({"format": FORMAT}).encode() + b"\n", lambda _: None)
             return
-        except OSError as error:
-            msg = f"{marker}: cannot be read ({error.strerror}); give another folder with --store"
-            raise ResourceError(msg) from error
+        except UnicodeDecodeError:
+            text = ""
         try:
             found = int(json.loads(text)["format"])
         except (ValueError, KeyError, TypeError) as error:
@@ -185,13 +191,25 @@ class Store:
         card = asdict(info) | {"mpp_used": mpp, "mpp_source": source, "last_seen": str(path)}
         text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
         place = self.root / "slides" / f"{info.item}.json"
-        if not place.is_file() or place.read_text(encoding="utf-8") != text:
-            write_bytes(place, text.encode(), lambda part: json.loads(part.read_bytes()))
+        data = text.encode("utf-8", errors="backslashreplace")
+        if place.is_file() and place.read_bytes() == data:
+            return
+        try:
+            write_bytes(place, data, lambda part: json.loads(part.read_bytes()))
+        except ResourceError as error:
+            if not place.is_file():
+                raise
+            log.debug("%s", error)  # a read-only store still serves
 
     def slides(self) -> dict[str, dict[str, Any]]:
         """Return the cards of all slides the store has seen, by item."""
-        cards = sorted((self.root / "slides").glob("*.json"))
-        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in cards}
+        cards = {}
+        for path in sorted((self.root / "slides").glob("*.json")):
+            try:
+                cards[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                log.warning("%s: cannot be read; run: pathcli store verify", path)
+        return cards
 
 
 def item_name(stem: str, fingerprint: str) -> str:
