@@ -81,6 +81,7 @@ def _embed_all(
     json: bool,
 ) -> None:
     """Embed slide after slide; print rows and failures, and exit with the batch's code."""
+    from pathcli.cli import show  # noqa: PLC0415
     from pathcli.cli.batch import finish, run_batch  # noqa: PLC0415
     from pathcli.cli.tile import resolution, row_of  # noqa: PLC0415
     from pathcli.encoders.embedding import embed_summary  # noqa: PLC0415
@@ -92,6 +93,8 @@ def _embed_all(
 
     done = run_batch(found, work, tiling["out"])
     rows = [row_of(r) | features_of(r) for r in done.results]
+    if done.results and not json:
+        show.say(f"features are in {ready.store.root}; see: pathcli store info ITEM")
     finish(done, rows, as_json=json, out=tiling["out"])
 
 
@@ -108,5 +111,4 @@ def features_of(result: dict[str, Any]) -> dict[str, Any]:
         "features": shape if result["tiles"] else "none",
         "work": done if result["tiles"] else "no tile",
         "tiles/s": result["tiles_per_second"],
-        "unreadable": result["unreadable"],
     }

@@ -34,6 +34,7 @@ def tile(
 
     A tile covers size x mpp micrometres, whatever the slide's own resolution.
     """
+    from pathcli.cli import show  # noqa: PLC0415
     from pathcli.cli.batch import finish, run_batch  # noqa: PLC0415
     from pathcli.slides.discovery import discover  # noqa: PLC0415
     from pathcli.slides.tiling import summary, tile_spec  # noqa: PLC0415
@@ -60,7 +61,9 @@ def tile(
         )
 
     batch = run_batch(discover(slides), work, out)
-    rows = [row_of(r) | {"overview": r["overview"]} for r in batch.results]
+    rows = [row_of(r) for r in batch.results]
+    if overview and batch.results and not json:
+        show.say(f"overviews are in {out}")
     finish(batch, rows, as_json=json, out=out)
 
 
@@ -75,8 +78,8 @@ def row_of(result: dict[str, Any]) -> dict[str, Any]:
     """Return the table row that `tile` and `embed` share."""
     return {
         "slide": result["item"],
-        "size": f"{result['width']} x {result['height']}",
-        "um/px": f"{result['mpp']:g} ({result['mpp_source']})",
+        "pixels": f"{result['width']} x {result['height']}",
+        "um/px": f"{result['mpp']:g} {result['mpp_source']}",
         "tissue": f"{result['tissue_share']:.0%}",
         "tiles": result["tiles"],
         "seconds": result["seconds"],

@@ -40,7 +40,8 @@ Batch = tuple[int, "ByteArray", "ByteArray"]
 class EmbedRun:
     """What `embed` did for one slide.
 
-    `encoded` tiles went through the encoder in this run; `unreadable` ones have no features.
+    `encoded` tiles went through the encoder in this run, in `encode_seconds` once the weights
+    were loaded; `unreadable` ones have no features.
     """
 
     tiling: TileRun
@@ -50,6 +51,7 @@ class EmbedRun:
     unreadable: int
     row_shape: tuple[int, ...]
     seconds: float
+    encode_seconds: float
     warnings: tuple[str, ...]
 
 
@@ -79,7 +81,7 @@ class Embedder:
         self.encoder, self.store = encoder, store or Store()
         self.device, self.batch, self.workers = device, batch, max(1, workers)
         self.max_bad_tiles = max_bad_tiles
-        self._loaded = False
+        self._loaded, self._encode_seconds = False, 0.0
 
     def __call__(
         self,
@@ -118,6 +120,7 @@ class Embedder:
             unreadable=bad,
             row_shape=shape,
             seconds=time.perf_counter() - start,
+            encode_seconds=self._encode_seconds if encoded else 0.0,
             warnings=(*run.warnings, *self._warnings(run.tiles, bad)),
         )
 
@@ -165,6 +168,7 @@ class Embedder:
 
     def _fill(self, slide: Slide, tiles: Tiles, writer: FeatureWriter, progress: Progress) -> int:
         """Encode what an earlier run did not; return how many tiles."""
+        start_s = time.perf_counter()
         n, bad = len(tiles), writer.resumed_bad
         first = n if writer.resumed == n else writer.resumed // self.batch * self.batch
         progress(first, n)
@@ -176,6 +180,7 @@ class Embedder:
                 bad += int((status != TileStatus.OK).sum())
                 self._refuse_if_bad(slide, bad, n)
                 progress(start + len(status), n)
+        self._encode_seconds = time.perf_counter() - start_s
         return n - first
 
     def _read(
@@ -274,13 +279,12 @@ def embed(
 
 def embed_summary(run: EmbedRun) -> dict[str, Any]:
     """Return one run as plain JSON values, for `--json` and reports."""
-    spent = run.seconds - run.tiling.seconds
     return summary(run.tiling) | {
         "encoder": run.key.encoder,
         "encoded": run.encoded,
         "unreadable": run.unreadable,
         "row_shape": list(run.row_shape),
         "seconds": round(run.seconds, 3),
-        "tiles_per_second": round(run.encoded / spent, 1) if run.encoded and spent > 0 else None,
+        "tiles_per_second": round(run.encoded / run.encode_seconds, 1) if run.encoded else None,
         "warnings": list(run.warnings),
     }
