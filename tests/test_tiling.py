@@ -15,6 +15,7 @@ from pathcli.slides.geojson import polygons, write_geojson
 from pathcli.slides.tiling import grid, read_tile, tile, tile_spec
 from pathcli.slides.tissue import Tissue, find_tissue, method, overview
 from pathcli.store import Store
+from pathcli.types import DataError
 
 # --- grid --------------------------------------------------------------------------------
 
@@ -203,8 +204,21 @@ def test_a_damaged_file_tile_costs_its_own_area_and_is_said(tmp_path: Path) -> N
     synthetic.break_tile(path, 8)  # of 6 x 5: x 512..767, y 256..511
     run = tile(path, spec=tile_spec(64, 0.5), out=tmp_path / "out")
     assert "cannot be decoded" in run.warnings[0]
-    assert whole * 0.7 < len(run.tiles) < whole
+    assert whole * 0.8 < len(run.tiles) < whole
     assert run.overview
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])  # its index is at the end
+    with pytest.raises(DataError):
+        tile(path, spec=tile_spec(64, 0.5), store=Store(tmp_path / "other"))
+
+
+def test_a_scan_mostly_undecodable_fails(tmp_path: Path, store: Store) -> None:
+    pixels = synthetic.picture(1536, 1280, (100, 100, 1300, 1100))
+    path = synthetic.slide(tmp_path / "bad.svs", pixels, levels=1)
+    for index in range(0, 30, 2):
+        synthetic.break_tile(path, index)
+    with pytest.raises(DataError, match="cannot be decoded; is the file whole"):
+        tile(path, spec=tile_spec(64, 0.5), store=store)
+    assert not list(store.tiles)
 
 
 def test_an_overview_of_a_large_level_is_read_in_stripes(

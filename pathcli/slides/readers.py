@@ -257,7 +257,7 @@ class TiffSlideReader:
             raise ResourceError(msg) from error
         except Exception as error:  # tifffile raises what the bytes provoke
             remote = str(path) != str(self.path)  # its messages quote the address, secrets too
-            why = type(error).__name__ if remote else _one_line(error)
+            why = type(error).__name__ if remote else _why_no_tiff(error)
             msg = f"{self.path}: tiffslide: {why}"
             raise DataError(msg) from error
         if probe.shape != (1, 1, 3) or probe.dtype != np.uint8:
@@ -309,6 +309,7 @@ class ImageReader:
         self.path = path
         try:
             with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # its remarks on headers are no news
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(path) as image:
                     if image.mode not in {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}:
@@ -348,6 +349,13 @@ class ImageReader:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _why_no_tiff(error: Exception) -> str:
+    """Return tifffile's own verdict; anything else it raises means that bytes are missing."""
+    if type(error).__name__ == "TiffFileError":
+        return "not a TIFF file"
+    return f"truncated or damaged TIFF ({type(error).__name__})"
 
 
 def _one_line(error: Exception) -> str:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from pathcli.types import ByteArray, Slide, TileSpec
 
-_SMALLEST = 512  # pixels of a level: a smaller block that cannot be read is given up
+_SMALLEST = 128  # pixels of a level: a smaller block that cannot be read is given up
+_MOST_LOST = 0.25  # share of the scan that may be undecodable before the slide fails
 _READ_PX = 16_000_000  # pixels of a level read at once; larger levels are read in blocks
 DARK_BACKGROUND = (
     "no tile: the background is black, as in fluorescence, and tissue rules for stained slides "
@@ -207,15 +208,15 @@ def find_tissue(slide: Slide, spec: TileSpec, mpp: float) -> Tissue:
     """Return the tissue of `slide`, whose level-0 pixels are `mpp` micrometres wide.
 
     Raises:
-        DataError: the overview level cannot be read, or the mask is of another version.
+        DataError: more than a quarter cannot be decoded, or the mask is of another version.
     """
     built = method(spec.tissue, **spec.tissue_params)
     if built.version != spec.tissue_version:
         msg = f"tissue method {spec.tissue} is version {built.version}, not {spec.tissue_version}"
         raise DataError(msg)
     thumbnail, lost = overview(slide, max(1.0, built.mask_mpp / mpp))
-    if lost == 1:
-        msg = f"{slide.path}: no part of the scan can be decoded; is the file whole?"
+    if lost > _MOST_LOST:
+        msg = f"{slide.path}: {lost:.0%} of the scan cannot be decoded; is the file whole?"
         raise DataError(msg)
     told = (f"{lost:.2%} of the scan cannot be decoded: no tissue is found there",) if lost else ()
     height, width = thumbnail.shape[:2]
