@@ -6,10 +6,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import platformdirs
 
@@ -19,7 +19,6 @@ from pathcli.store.lease import lease
 from pathcli.types import DataError, Features, Key, ResourceError, SlideInfo, Tiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
 log = logging.getLogger("pathcli")
@@ -34,68 +33,51 @@ def default_root() -> Path:
     )
 
 
+V = TypeVar("V", Tiles, Features)
+
+
 @dataclass(frozen=True)
-class TileEntries(Mapping[Key, Tiles]):
-    """`tiles/<tiles-digest>/<item>@<mpp>.h5`."""
+class Entries(Mapping[Key, V]):
+    """The finished entries of one kind: a mapping from keys to what the files below `root` hold."""
 
     root: Path
+    read: Callable[[Path], V]
 
     def path(self, key: Key) -> Path:
         """Return where the entry of `key` is, or would be."""
-        return self.root / "tiles" / key.tiles / f"{key.stem}.h5"
+        folder = self.root / str(key.encoder) if self.root.name == "features" else self.root
+        return folder / key.tiles / f"{key.stem}.h5"
 
-    def __getitem__(self, key: Key) -> Tiles:
+    def __getitem__(self, key: Key) -> V:
         """Read one entry; KeyError when there is none, DataError when it is damaged."""
         try:
-            return read_tiles(self.path(key))
+            return self.read(self.path(key))
         except FileNotFoundError:
             raise KeyError(key) from None
 
     def __contains__(self, key: object) -> bool:
         """Tell whether an entry was finished."""
         return isinstance(key, Key) and self.path(key).is_file()
+
+    def __iter__(self) -> Iterator[Key]:
+        """Yield the keys of all finished entries."""
+        yield from filter(None, map(key_of, sorted(self.root.rglob("*.h5"))))
+
+    def __len__(self) -> int:
+        """Count the finished entries."""
+        return sum(1 for _ in self)
+
+
+class TileEntries(Entries[Tiles]):
+    """`tiles/<tiles-digest>/<item>@<mpp>.h5`."""
 
     def __setitem__(self, key: Key, tiles: Tiles) -> None:
         """Write one entry whole or not at all."""
         write_tiles(self.path(key), tiles)
 
-    def __iter__(self) -> Iterator[Key]:
-        """Yield the keys of all finished entries."""
-        yield from filter(None, map(key_of, sorted((self.root / "tiles").glob("*/*.h5"))))
 
-    def __len__(self) -> int:
-        """Count the finished entries."""
-        return sum(1 for _ in self)
-
-
-@dataclass(frozen=True)
-class FeatureEntries(Mapping[Key, Features]):
+class FeatureEntries(Entries[Features]):
     """`features/<encoder-id>/<tiles-digest>/<item>@<mpp>.h5`."""
-
-    root: Path
-
-    def path(self, key: Key) -> Path:
-        """Return where the entry of `key` is, or would be."""
-        return self.root / "features" / str(key.encoder) / key.tiles / f"{key.stem}.h5"
-
-    def __getitem__(self, key: Key) -> Features:
-        """Read one entry; KeyError when there is none, DataError when it is damaged."""
-        try:
-            return read_features(self.path(key))
-        except FileNotFoundError:
-            raise KeyError(key) from None
-
-    def __contains__(self, key: object) -> bool:
-        """Tell whether an entry was finished."""
-        return isinstance(key, Key) and self.path(key).is_file()
-
-    def __iter__(self) -> Iterator[Key]:
-        """Yield the keys of all finished entries."""
-        yield from filter(None, map(key_of, sorted((self.root / "features").glob("*/*/*.h5"))))
-
-    def __len__(self) -> int:
-        """Count the finished entries."""
-        return sum(1 for _ in self)
 
     def shape(self, key: Key) -> tuple[tuple[int, ...], int]:
         """Return the shape of a row and the number of unreadable rows, reading no feature.
@@ -148,8 +130,8 @@ class Store:
             ResourceError: it cannot be created or read, or with `create` off is not there.
         """
         self.root = Path(root).expanduser() if root else default_root()
-        self.tiles = TileEntries(self.root)
-        self.features = FeatureEntries(self.root)
+        self.tiles = TileEntries(self.root / "tiles", read_tiles)
+        self.features = FeatureEntries(self.root / "features", read_features)
         try:
             self._open(create=create)
         except OSError as error:
