@@ -265,6 +265,24 @@ def test_a_corrupt_checkpoint_leaves_no_entry(slide_path: Path, tmp_path: Path, 
     assert not list(Store().features)
 
 
+def test_what_is_said_of_many_slides_is_said_once(
+    slide_path: Path, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "w.pt").write_bytes(b"rot" * 99)
+    many = []
+    for i in range(5):
+        (tmp_path / f"s{i}").mkdir()
+        many.append(tmp_path / f"s{i}" / "a.svs")
+        synthetic.slide(many[-1], synthetic.picture(600, 500, (0, 0, 400, 400), seed=i))
+    checkpoint = ("--encoder", "open_clip:ViT-B-16", "--checkpoint", tmp_path / "w.pt")
+    code, _, err = run("embed", *many, *checkpoint)
+    assert (code, err.count("w.pt")) == (4, 1)
+    assert "(5 slides)" in err
+    code, _, err = run("tile", *many, "--size", 64, "--mpp", 0.25)
+    assert (code, err.count("upsampled")) == (0, 1)
+    assert "5 slides: " in err
+
+
 def test_an_unknown_encoder_is_a_usage_error(slide_path: Path, run: Run) -> None:
     code, _, err = run("embed", slide_path, "--encoder", "pathgen")
     assert (code, "did you mean 'pathgen-clip'" in err) == (2, True)

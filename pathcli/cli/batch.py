@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pathcli")
 
 PARTIAL = 3
+FEW = 3  # slides up to which an equal warning is said of each by name
 
 
 @dataclass
@@ -85,11 +87,16 @@ def finish(batch: Batch, rows: list[dict[str, Any]], *, as_json: bool, out: Path
         show.as_json({"slides": batch.results, "failures": failures})
     else:
         show.table(rows)
+    told = Counter(text for result in batch.results for text in result["warnings"])
+    for text, count in told.items():
+        if count > FEW:
+            show.warn(f"{count} slides: {text}")
     for result in batch.results:
         for text in result["warnings"]:
-            show.warn(f"{result['path']}: {text}")
-    for _, _, reason in batch.failures:
-        show.error(reason)
+            if told[text] <= FEW:
+                show.warn(f"{result['path']}: {text}")
+    for reason, count in Counter(reason for _, _, reason in batch.failures).items():
+        show.error(f"{reason} ({count} slides)" if count > 1 else reason)
     if batch.failures and len(batch.failures) + len(batch.results) > 1:
         total = len(batch.failures) + len(batch.results)
         listed = out / "failures.csv"

@@ -20,7 +20,15 @@ import numpy as np
 from pathcli.slides.readers import open_slide
 from pathcli.slides.tiling import TileRun, read_tile, summary, tile_slide
 from pathcli.store import Store
-from pathcli.types import BusyError, DataError, Encoder, Key, ResourceError, TileStatus
+from pathcli.types import (
+    BusyError,
+    DataError,
+    Encoder,
+    Key,
+    PathcliError,
+    ResourceError,
+    TileStatus,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,6 +90,7 @@ class Embedder:
         self.device, self.batch, self.workers = device, batch, max(1, workers)
         self.max_bad_tiles = max_bad_tiles
         self._loaded, self._encode_seconds = False, 0.0
+        self._fault: PathcliError | None = None
 
     def __call__(
         self,
@@ -142,10 +151,16 @@ class Embedder:
             raise DataError(msg)
 
     def load(self) -> None:
-        """Read the weights onto the device, once."""
+        """Read the weights onto the device, once; what failed once fails again at once."""
+        if self._fault:
+            raise self._fault
         if not self._loaded:
-            self.device = pick_device(self.device)
-            self.encoder.load(self.device)
+            try:
+                self.device = pick_device(self.device)
+                self.encoder.load(self.device)
+            except PathcliError as error:
+                self._fault = error
+                raise
             self._loaded = True
 
     def _make(self, slide: Slide, tiles: Tiles, key: Key, progress: Progress) -> int:
