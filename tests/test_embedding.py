@@ -156,6 +156,30 @@ def test_a_slide_without_tiles_is_no_failure(tmp_path: Path, store: Store, encod
     assert not list(store.features)
 
 
+def test_a_slide_that_cannot_be_reached_loses_no_finished_block(
+    slide_path: Path, store: Store, encoder: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tiling.read_tile
+    seen = []
+
+    def vanish(slide: object, xy: tuple[int, int], *how: object) -> np.ndarray:
+        seen.append(xy)
+        if len(seen) > 260:
+            if slide_path.exists():
+                slide_path.rename(slide_path.with_suffix(".away"))
+            msg = "gone"
+            raise DataError(msg)
+        return real(slide, xy, *how)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathcli.encoders.embedding.read_tile", vanish)
+        with pytest.raises(DataError, match="gone"):
+            embed(slide_path, encoder, store=store, spec=SPEC, batch=8, workers=1)  # type: ignore[arg-type]
+    slide_path.with_suffix(".away").rename(slide_path)
+    run = embed(slide_path, encoder, store=store, spec=SPEC, batch=8)  # type: ignore[arg-type]
+    assert run.encoded == run.tiles - 256  # two blocks were whole
+
+
 def test_small_tiles_bring_a_warning(slide_path: Path, store: Store, encoder: object) -> None:
     run = embed(slide_path, encoder, store=store, spec=SPEC)  # type: ignore[arg-type]
     assert any("enlarged" in w for w in run.warnings)

@@ -137,10 +137,13 @@ def test_quick_gelu_changes_features_and_id(tiny: Path, images: Any, monkeypatch
     from pathcli.encoders.clip import OpenClipEncoder
 
     plain = build_encoder("open_clip:Tiny", checkpoint=tiny)
+    plain.load("cpu")
+    id_before, before = plain.id, plain.encode(images)
     monkeypatch.setattr(OpenClipEncoder, "quick_gelu", True)
     quick = build_encoder("open_clip:Tiny", checkpoint=tiny)
     quick.load("cpu")
-    assert quick.id != plain.__dict__.get("id", None)
+    assert quick.id != id_before
+    assert (quick.encode(images) - before).abs().max() > 1e-4
     gelu = {type(m).__name__ for m in quick.network.modules()}  # type: ignore[attr-defined]
     assert "QuickGELU" in gelu
 

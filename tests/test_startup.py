@@ -11,28 +11,30 @@ from pathcli.cli import COMMANDS
 HEAVY = {"torch", "numpy", "pydantic", "rich", "h5py", "cv2", "PIL", "openslide"}
 
 
-@pytest.mark.parametrize("flag", ["--help", "--version"])
-def test_the_root_imports_nothing_heavy(flag: str) -> None:
+def run(*arguments: str) -> tuple[str, set[str]]:
+    """Run the command line in a process of its own; return what it prints and imports."""
     code = (
         "import sys\nfrom pathcli.cli import main\n"
-        f"try: main(['{flag}'])\nexcept SystemExit: pass\n"
+        f"try: main({list(arguments)})\nexcept SystemExit: pass\n"
         "print('|', *sorted({m.split('.')[0] for m in sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not HEAVY & set(done.stdout.rpartition("|")[2].split())
-    assert "pathcli" in done.stdout
+    printed, _, modules = done.stdout.rpartition("|")
+    return printed, set(modules.split())
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_the_root_imports_nothing_heavy(flag: str) -> None:
+    printed, modules = run(flag)
+    assert not HEAVY & modules
+    assert "pathcli" in printed
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_a_command_imports_no_torch(command: str) -> None:
-    code = (
-        "import sys\nfrom pathcli.cli import main\n"
-        f"try: main(['{command}', '--help'])\nexcept SystemExit: pass\n"
-        "print('|', *sorted({m.split('.')[0] for m in sys.modules}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "numpy", "rich", "h5py"} & set(done.stdout.rpartition("|")[2].split())
-    assert COMMANDS[command] in " ".join(done.stdout.split())  # one sentence, said the same twice
+    printed, modules = run(command, "--help")
+    assert not {"torch", "numpy", "rich", "h5py"} & modules
+    assert COMMANDS[command] in " ".join(printed.split())  # one sentence, said the same twice
 
 
 def test_every_file_of_commands_is_listed() -> None:

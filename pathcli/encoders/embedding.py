@@ -171,11 +171,7 @@ class Embedder:
             self.load()
             writer = self.store.features.writer(tiles, self.encoder.id, self.encoder.row_shape)
             with writer:
-                try:
-                    encoded = self._fill(slide, tiles, writer, progress)
-                except DataError:  # what was read from a bad file is not to be trusted later
-                    writer.discard()
-                    raise
+                encoded = self._fill(slide, tiles, writer, progress)
                 if not held():
                     msg = f"{slide.path}: another process has taken this slide over meanwhile"
                     raise BusyError(msg)
@@ -191,9 +187,13 @@ class Embedder:
             writer.begin(first)
         with ThreadPoolExecutor(self.workers, thread_name_prefix="reader") as pool:
             for start, pixels, status in self._read(pool, slide, tiles, first):
-                writer.write(self._encode(pixels, status), status)
-                bad += int((status != TileStatus.OK).sum())
-                self._refuse_if_bad(slide, bad, n)
+                try:
+                    writer.write(self._encode(pixels, status), status)
+                    bad += int((status != TileStatus.OK).sum())
+                    self._refuse_if_bad(slide, bad, n)
+                except DataError:  # rows of a bad file, or of bad weights, are not to be resumed
+                    writer.discard()
+                    raise
                 progress(start + len(status), n)
         self._encode_seconds = time.perf_counter() - start_s
         return n - first

@@ -81,6 +81,8 @@ def _entry(path: Path, kind: str) -> Finding:
                 return Finding(path, "broken", f"is the entry of {found}; run: pathcli store prune")
     except FileNotFoundError:
         return Finding(path, "pending", "replaced while it was read")
+    except OSError as error:
+        return Finding(path, "unreadable", str(error))
     except (PathcliError, ValueError) as error:
         return Finding(path, _STATES.get(type(error), "broken"), str(error))
     return Finding(path, "ok")
