@@ -1,0 +1,1 @@
+"""Numbers with intervals: classification, calibration, localisation, statistics."""
