@@ -12,7 +12,10 @@ from shapely import Polygon, affinity
 from pathcli.store.files import write_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from pathcli.slides.tissue import Tissue
 
@@ -50,23 +53,39 @@ def write_geojson(path: Path, tissue: Tissue, bounds: tuple[int, int, int, int])
     Raises:
         ResourceError: the disk is full, or the folder may not be written.
     """
-    shift = np.array(bounds[:2], float)
+    looks = {"name": "Tissue", "color": _COLOUR}
     features = []
     for number, island in enumerate(polygons(tissue)):
-        rings = [np.array(ring.coords) - shift for ring in (island.exterior, *island.interiors)]
-        features.append(
-            {
-                "type": "Feature",
-                "geometry": {
-                    "type": "Polygon",
-                    "coordinates": [np.round(ring, 1).tolist() for ring in rings],
-                },
-                "properties": {
-                    "objectType": "annotation",
-                    "classification": {"name": "Tissue", "color": _COLOUR},
-                    "tissue_id": number,
-                },
-            }
-        )
+        rings = [np.array(ring.coords) for ring in (island.exterior, *island.interiors)]
+        more = {"classification": looks, "tissue_id": number}
+        features.append(feature(rings, bounds, "annotation", more))
+    save_features(path, features)
+
+
+def feature(
+    rings: Sequence[NDArray[Any]],
+    bounds: tuple[int, int, int, int],
+    kind: str,
+    properties: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return one polygon as a QuPath object of a `kind` ("annotation", "detection").
+
+    `rings` are closed, level-0 px [k, 2], the outer one first; written to 0.1 px, counted
+    from the corner of the scan's `bounds`.
+    """
+    coordinates = [np.round(ring - np.array(bounds[:2], float), 1).tolist() for ring in rings]
+    return {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": coordinates},
+        "properties": {"objectType": kind, **properties},
+    }
+
+
+def save_features(path: Path, features: Sequence[Mapping[str, Any]]) -> None:
+    """Write features as one GeoJSON collection, whole or not at all.
+
+    Raises:
+        ResourceError: the disk is full, or the folder may not be written.
+    """
     collection = {"type": "FeatureCollection", "features": features}
     write_bytes(path, json.dumps(collection).encode(), lambda _: None, "--out")

@@ -15,10 +15,11 @@ from pathcli.slides.tissue import overview
 from pathcli.store.files import write_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from shapely import Polygon
 
     from pathcli.slides.tissue import Tissue
     from pathcli.types import ByteArray, Slide, Tiles
@@ -62,10 +63,12 @@ class Canvas:
         low, high = self.place(tiles.xy), self.place(tiles.xy + side)
         return [(int(a), int(b), int(c), int(d)) for (a, b), (c, d) in zip(low, high, strict=True)]
 
-    def contour(self, tissue: Tissue, colour: tuple[int, int, int], thickness: int) -> None:
-        """Draw the outline of the tissue."""
-        for island in polygons(tissue):
-            rings = [self.place(np.array(r.coords)) for r in (island.exterior, *island.interiors)]
+    def outline(
+        self, shapes: Iterable[Polygon], colour: tuple[int, int, int], thickness: int
+    ) -> None:
+        """Draw the outlines of polygons (level-0 px) and of their holes."""
+        for shape in shapes:
+            rings = [self.place(np.array(r.coords)) for r in (shape.exterior, *shape.interiors)]
             cv2.polylines(self.pixels, rings, True, colour, thickness, cv2.LINE_AA)  # noqa: FBT003
 
     def scale_bar(self) -> None:
@@ -108,7 +111,7 @@ def draw_tiles(slide: Slide, tiles: Tiles, tissue: Tissue) -> ByteArray:
     for x0, y0, x1, y1 in boxes:
         cv2.rectangle(canvas.pixels, (x0, y0), (x1, y1), GRID, 1)
     if tiles.spec.tissue != "none":
-        canvas.contour(tissue, CONTOUR, 3)
+        canvas.outline(polygons(tissue), CONTOUR, 3)
     canvas.scale_bar()
     return canvas.pixels
 
@@ -127,7 +130,7 @@ def draw_labels(
         cell = tint[y0:y1, x0:x1]
         cell[:] = cell * (1 - strength) + colour * strength
     canvas.pixels = np.rint(tint).astype(np.uint8)
-    canvas.contour(tissue, GRID, 2)  # no colour of a label
+    canvas.outline(polygons(tissue), GRID, 2)  # no colour of a label
     canvas.scale_bar()
     return canvas.pixels
 
