@@ -23,6 +23,21 @@ BUILTIN: dict[str, dict[str, str]] = {
         "pathgen-clip-l-hf": "pathcli.encoders.hf:PathGenClipLHF",
         "hf": "pathcli.encoders.hf:HFClipEncoder",
     },
+    "head": {
+        "abmil": "pathcli.mil.abmil:ABMIL",
+        "acmil": "pathcli.mil.acmil:ACMIL",
+        "clam-sb": "pathcli.mil.clam:ClamSB",
+        "transmil": "pathcli.mil.transmil:TransMIL",
+        "dsmil": "pathcli.mil.dsmil:DSMIL",
+        "mean": "pathcli.mil.pooling:MeanPooling",
+        "max": "pathcli.mil.pooling:MaxPooling",
+    },
+    "task": {
+        "mil": "pathcli.mil.task:MilTask",
+    },
+    "data": {
+        "bags": "pathcli.mil.bags:BagData",
+    },
     "tissue": {
         "otsu": "pathcli.slides.tissue:Otsu",
         "hsv": "pathcli.slides.tissue:HSV",

@@ -234,6 +234,32 @@ class Features:
 
 
 @dataclass(frozen=True)
+class Bag:
+    """What a head reads at once: the tiles of one case, of one slide or of several.
+
+    `features` is float16 [n, d] without unreadable rows, `xy` int32 [n, 2] level-0 px, and
+    `slide_of` int32 [n] the index in `slides` of the slide a row is from. Rows are ordered
+    by slide, then (y, x).
+    """
+
+    name: str
+    patient: str
+    label: int | None
+    slides: tuple[str, ...]
+    features: HalfArray = field(repr=False)
+    xy: IntArray = field(repr=False)
+    slide_of: IntArray = field(repr=False)
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """What a head says of one bag: float logits [c], and attention [n] that sums to one."""
+
+    logits: torch.Tensor
+    attention: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Report:
     """What a run has to show: metrics with intervals, rows, and where it all came from.
 
@@ -306,4 +332,20 @@ class Encoder(Protocol):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Return float32 [b, *row_shape] for uint8 images [b, h, w, 3] (RGB)."""
+        ...
+
+
+class Head(Protocol):
+    """A bag's features in, the slide's prediction and every tile's attention out.
+
+    Built as `Head(dim_in, classes, *, ...)`: what the data decide comes first, what a recipe
+    may set is keyword-only.
+    """
+
+    def __call__(self, features: torch.Tensor) -> HeadOutput:
+        """Return logits and attention for features float32 [n, d], n of at least 1."""
+        ...
+
+    def loss(self, features: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Return the training loss, a scalar, for one bag and its label int64 []."""
         ...

@@ -1,0 +1,1 @@
+"""Bags in, slide predictions out: heads, bags, splits, heatmaps."""
