@@ -6,9 +6,12 @@ import base64
 import html
 import io
 import json
+import platform
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from pathcli import __version__
 from pathcli.types import NOTICE, Report
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ th { color: var(--soft); font-weight: 600; }
 pre { background: #f4f5f7; padding: .6rem .9rem; overflow-x: auto; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
 figure { margin: .6rem 0; flex: 1 1 20rem; } figure.strip { flex-basis: 100%; }
+figure svg { max-width: 100%; height: auto; }
 figure img { max-width: 100%; border: 1px solid var(--line); display: block; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .3rem; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px;
@@ -54,20 +58,39 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, a command, a table of flat rows, and pictures."""
+    """A heading, a sentence or two, a command, a table of flat rows, charts and pictures.
+
+    `charts` are SVG texts, as `pathcli.charts` draws them.
+    """
 
     title: str
     text: str = ""
     code: str = ""
     rows: Sequence[Mapping[str, Any]] = ()
+    charts: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
 
 
 def metric(
-    value: float, low: float | None = None, high: float | None = None, n: int | None = None
+    value: float | None,
+    low: float | None = None,
+    high: float | None = None,
+    n: int | None = None,
 ) -> dict[str, float | None]:
-    """Return one metric in the form every report and `--json` uses."""
+    """Return one metric in the form every report and `--json` uses; None is undefined."""
     return {"value": value, "low": low, "high": high, "n": n}
+
+
+def pairs(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a mapping as rows of a table."""
+    return [{"what": name, "value": value} for name, value in values.items()]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide what a run gives."""
+    names = ("torch", "timm", "open_clip_torch", "openslide-python", "numpy", "scikit-learn")
+    here = {"pathcli": __version__, "python": platform.python_version()}
+    return here | {name: version(name) for name in names}
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -108,6 +131,9 @@ def _section(section: Section) -> str:
         parts.append(f"<pre>{html.escape(section.code)}</pre>")
     if section.rows:
         parts.append(_table(section.rows))
+    if section.charts:
+        inner = "\n".join(f"<figure>{svg}</figure>" for svg in section.charts)
+        parts.append(f'<div class="pictures">{inner}</div>')
     if section.pictures:
         inner = "\n".join(_figure(picture) for picture in section.pictures)
         parts.append(f'<div class="pictures">{inner}</div>')

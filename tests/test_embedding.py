@@ -10,8 +10,9 @@ import pytest
 import synthetic
 from conftest import TISSUE_BOX
 
+from pathcli.device import pick_device
 from pathcli.encoders import build_encoder
-from pathcli.encoders.embedding import Embedder, embed, pick_device
+from pathcli.encoders.embedding import Embedder, embed
 from pathcli.slides import readers, tiling
 from pathcli.slides.tiling import tile_spec
 from pathcli.store import Store, upkeep

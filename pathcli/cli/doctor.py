@@ -39,7 +39,7 @@ def _software() -> list[dict[str, Any]]:
     try:
         import torch  # noqa: PLC0415
 
-        from pathcli.encoders.embedding import pick_device  # noqa: PLC0415
+        from pathcli.device import pick_device  # noqa: PLC0415
 
         best = pick_device("auto")
         name = (

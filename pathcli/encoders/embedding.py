@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pathcli.device import pick_device
 from pathcli.slides.readers import open_slide
 from pathcli.slides.tiling import TileRun, read_tile, summary, tile_slide
 from pathcli.store import Store
@@ -248,27 +249,6 @@ class Embedder:
 
 def _silent(done: int, total: int) -> None:
     del done, total
-
-
-def pick_device(name: str) -> str:
-    """Return a usable torch device: the named one, or with `auto` the best there is.
-
-    Raises:
-        ResourceError: the named device is not here.
-    """
-    import torch  # noqa: PLC0415
-
-    here = {"cpu"}
-    if torch.cuda.is_available():
-        here |= {"cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
-    if torch.backends.mps.is_available():
-        here.add("mps")
-    if name == "auto":
-        return next(d for d in ("cuda", "mps", "cpu") if d in here)
-    if name not in here:
-        msg = f"--device {name} is not here; there is: auto, {', '.join(sorted(here))}"
-        raise ResourceError(msg)
-    return name
 
 
 def embed(

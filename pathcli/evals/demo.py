@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from contextlib import closing
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pathcli import __version__
 from pathcli.encoders import build_encoder
 from pathcli.encoders.embedding import Embedder, EmbedRun, embed_summary
-from pathcli.report import Picture, Section, html_page, json_text, metric
+from pathcli.report import Picture, Section, html_page, json_text, metric, pairs, versions
 from pathcli.slides import discover, open_slide
 from pathcli.slides.overlay import PALETTE, draw_labels, draw_tiles
 from pathcli.slides.tiling import read_tile, tile_spec
@@ -216,13 +213,6 @@ def _report(
     )
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that decide what a run gives."""
-    names = ("torch", "timm", "open_clip_torch", "openslide-python", "numpy", "scikit-learn")
-    here = {"pathcli": __version__, "python": platform.python_version()}
-    return here | {name: version(name) for name in names}
-
-
 def _tables(run: EmbedRun, report: Report, command: str) -> list[Section]:
     known: dict[str, Any] = dict(report.provenance)
     tiles = run.tiling.tiles
@@ -243,11 +233,7 @@ def _tables(run: EmbedRun, report: Report, command: str) -> list[Section]:
     warnings = [Section("Mind this", rows=[{"warning": w} for w in run.warnings])]
     return [
         *(warnings if run.warnings else []),
-        Section("The slide and how it was read", rows=_pairs(facts)),
+        Section("The slide and how it was read", rows=pairs(facts)),
         Section("Where the time went", rows=timing),
-        Section("To repeat it", code=command, rows=_pairs(keys)),
+        Section("To repeat it", code=command, rows=pairs(keys)),
     ]
-
-
-def _pairs(values: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"what": name, "value": value} for name, value in values.items()]

@@ -162,8 +162,8 @@ def read_tiles(path: Path) -> Tiles:
         return _read_tile_part(file, file["status"][:])
 
 
-def read_features(path: Path) -> Features:
-    """Read a features entry.
+def read_features(path: Path, *, mapped: bool = False) -> Features:
+    """Read a features entry; with `mapped`, `values` are read from disk as they are used.
 
     Raises:
         FileNotFoundError: there is none.
@@ -173,7 +173,10 @@ def read_features(path: Path) -> Features:
     with _reading(path) as file:
         tiles = _read_tile_part(file, file["status"][:])
         encoder, done = str(file.attrs["encoder"]), bool(np.all(file["block_crc32"][:]))
-        values = file["features"][:]
+        offset, shape = file["features"].id.get_offset(), file["features"].shape
+        values = None if mapped and offset else file["features"][:]
+    if values is None:
+        values = np.memmap(path, np.float16, "c", offset, shape)  # the file stays as it is
     if not (done and len(values) == len(tiles.xy) == len(tiles.status)):
         raise _damaged(path, "unfinished blocks")
     key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, encoder)

@@ -91,6 +91,23 @@ class FeatureEntries(Entries[Features]):
         except FileNotFoundError:
             raise KeyError(key) from None
 
+    def mapped(self, key: Key) -> Features:
+        """Return an entry whose values are mapped, not read: a bag costs no memory of its own.
+
+        Raises:
+            KeyError: there is no such entry.
+            DataError: it is damaged.
+        """
+        try:
+            return read_features(self.path(key), mapped=True)
+        except FileNotFoundError:
+            raise KeyError(key) from None
+
+    def having(self, encoder: str, tiles: str) -> list[Key]:
+        """Return the keys of all entries of one encoder and one tile specification."""
+        folder = self.root / encoder / tiles
+        return list(filter(None, map(key_of, sorted(folder.glob("*.h5")))))
+
     def writer(self, tiles: Tiles, encoder: str, row_shape: tuple[int, ...]) -> FeatureWriter:
         """Open an entry to be filled row by row; the caller holds `lock` meanwhile."""
         key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, encoder)

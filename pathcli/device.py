@@ -1,0 +1,26 @@
+"""A device's name in, a usable torch device out."""
+
+from __future__ import annotations
+
+from pathcli.types import ResourceError
+
+
+def pick_device(name: str) -> str:
+    """Return a usable torch device: the named one, or with `auto` the best there is.
+
+    Raises:
+        ResourceError: the named device is not here.
+    """
+    import torch  # noqa: PLC0415
+
+    here = {"cpu"}
+    if torch.cuda.is_available():
+        here |= {"cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
+    if torch.backends.mps.is_available():
+        here.add("mps")
+    if name == "auto":
+        return next(d for d in ("cuda", "mps", "cpu") if d in here)
+    if name not in here:
+        msg = f"--device {name} is not here; there is: auto, {', '.join(sorted(here))}"
+        raise ResourceError(msg)
+    return name

@@ -1,0 +1,265 @@
+"""The folder of one run: written while it trains, and all that is needed to rebuild it.
+
+`recipe.yaml` (resolved), `provenance.json`, `metrics.jsonl`, `weights.safetensors`
+(trainable parameters only), `state/` while it is unfinished, `report.json` and
+`report.html`. A run is finished when `report.json` is there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import set_seed
+
+from pathcli.charts import Line, chart
+from pathcli.recipe import Recipe, build, resolve_recipe
+from pathcli.report import Section, html_page, json_text, metric, pairs, versions
+from pathcli.store import Store
+from pathcli.store.files import write_bytes
+from pathcli.trainer import Loop, Work
+from pathcli.types import DataError, Progress, Report, ResourceError, UsageError
+from pathcli.yaml12 import parse_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pathcli.settings import TrainSettings
+
+log = logging.getLogger("pathcli")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its recipe, the chosen epoch's validation metrics, and where it came from."""
+
+    folder: Path
+    recipe: Recipe
+    metrics: Mapping[str, float]
+    provenance: Mapping[str, Any]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Return what the task wrote down of its data."""
+        facts: Mapping[str, Any] = self.provenance["facts"]
+        return facts
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.recipe.values["train"]["seed"])
+
+    @property
+    def choice(self) -> float:
+        """Validation value by which runs of one seed compete; 0 when nothing is chosen by."""
+        return self.metrics.get(self.recipe.values["train"].get("choose") or "", 0.0)
+
+
+def read_run(folder: Path) -> Run:
+    """Return a finished run.
+
+    Raises:
+        ResourceError: there is none, or it is unfinished.
+        DataError: its files are damaged.
+    """
+    try:
+        recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        name = str(report["provenance"]["recipe"])
+        values = parse_yaml(recipe, str(folder / "recipe.yaml"))
+        metrics = {k: float(v["value"]) for k, v in report["metrics"].items()}
+        return Run(folder, Recipe(name, values, recipe), metrics, report["provenance"])
+    except FileNotFoundError as error:
+        state = "is unfinished; the same train command goes on" if folder.is_dir() else "is no run"
+        msg = f"{folder} {state} ({Path(str(error.filename)).name} is not there)"
+        raise ResourceError(msg) from None
+    except (ValueError, KeyError, TypeError) as error:
+        msg = f"{folder}: damaged run ({type(error).__name__}: {error})"
+        raise DataError(msg) from error
+
+
+def find_runs(root: Path) -> list[Run]:
+    """Return all finished runs in or below a folder, by path."""
+    found = sorted(p.parent for p in root.rglob("report.json"))
+    return [read_run(folder) for folder in found if (folder / "recipe.yaml").is_file()]
+
+
+def finish_run(
+    folder: Path,
+    recipe: Recipe,
+    best: Mapping[str, float],
+    lines: Sequence[Mapping[str, Any]],
+    provenance: Mapping[str, Any],
+) -> Run:
+    """Write the reports of a run, remove what only an unfinished one needs, and return it."""
+    known = {"recipe": recipe.name, **provenance, "versions": versions(), "git": git_commit()}
+    report = Report(
+        title=f"{recipe.name}, seed {recipe.values['train']['seed']}",
+        metrics={name: metric(value) for name, value in best.items() if value == value},  # noqa: PLR0124 - not NaN
+        rows=tuple(lines),
+        provenance=known,
+    )
+    page = html_page(report.title, _LEAD, _sections(recipe, report, lines))
+    write_bytes(folder / "report.html", page.encode(), lambda _: None, "--out")
+    text = json.dumps(known, indent=1, default=str) + "\n"
+    write_bytes(folder / "provenance.json", text.encode(), lambda _: None, "--out")
+    write_bytes(folder / "report.json", json_text(report).encode(), lambda _: None, "--out")
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    return read_run(folder)
+
+
+_LEAD = (
+    "How one run went: training and validation only. The test split was not touched; "
+    "pathcli mil-eval does that, once."
+)
+
+
+def _sections(recipe: Recipe, report: Report, lines: Sequence[Mapping[str, Any]]) -> list[Section]:
+    train = [row for row in lines if "loss" in row]
+    checks = [row for row in lines if "loss" not in row]
+    names = [n for n in (checks[0] if checks else {}) if n.startswith("val_")]
+    losses = [Line("training", [r["step"] for r in train], [r["loss"] for r in train])]
+    if "val_loss" in names:
+        y = [r["val_loss"] for r in checks]
+        losses.append(Line("validation", [r["step"] for r in checks], y))
+    others = [
+        Line(name.removeprefix("val_"), [r["epoch"] for r in checks], [r[name] for r in checks])
+        for name in names
+        if name != "val_loss"
+    ]
+    charts = [chart(losses, x="optimiser step", y="loss")]
+    if others:
+        charts.append(chart(others, x="epoch", y="validation metric"))
+    values = [{"metric": k, "value": f"{v['value']:.4f}"} for k, v in report.metrics.items()]
+    facts = {k: v for k, v in report.provenance.items() if not isinstance(v, dict | list)}
+    return [
+        Section("The chosen weights, on the validation split", rows=values),
+        Section("How it went", charts=charts),
+        Section("The run", rows=pairs(facts)),
+        Section("The recipe, resolved", code=recipe.to_yaml()),
+    ]
+
+
+def git_commit() -> str | None:
+    """Return the commit of the checkout this package runs from, `+` when changed; or None."""
+    here = Path(__file__).parent
+    try:
+        done = [
+            subprocess.run(["git", "-C", str(here), *command], capture_output=True, check=True)  # noqa: S603, S607
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", str(here)])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    commit, changes = (d.stdout.decode().strip() for d in done)
+    return commit + ("+" if changes else "")
+
+
+# --- a recipe's runs ---------------------------------------------------------------------
+
+
+def train(
+    recipe: Recipe,
+    *,
+    out: Path,
+    store: Store | None = None,
+    device: str = "auto",
+    progress: Callable[[str], Progress] | None = None,
+) -> list[Run]:
+    """Train every seed and learning rate of a recipe, each in its own folder below `out`.
+
+    Finished runs are kept as they are, a stopped one goes on.
+
+    Args:
+        recipe: what to train.
+        out: folder of runs; a run is in `out/<recipe>/seed-<s>[/lr-<rate>]`.
+        store: where features are found or put (default: the user's store).
+        device: auto, cpu, cuda, cuda:1 or mps.
+        progress: called with a name, gives the callback of one part of the work.
+
+    Raises:
+        UsageError: the recipe is wrong or incomplete, or `out` holds another recipe's runs.
+        DataError: the data cannot be trained on.
+        ResourceError: weights, features or the device are not here.
+    """
+    started = progress or (lambda _: _silent)
+    task = build(recipe)
+    settings: TrainSettings = task.train
+    task.prepare(store or Store(), device=device, progress=started)
+    runs = []
+    for seed in settings.seeds:
+        for rate in settings.rates:
+            folder = out / recipe.name / f"seed-{seed}"
+            if len(settings.rates) > 1:
+                folder /= f"lr-{rate:g}"
+            one = resolve_recipe(recipe.with_values(**{"train.seed": seed, "train.lr": rate}))
+            label = f"{recipe.name} {folder.relative_to(out / recipe.name)}"
+            runs.append(_train_one(task, one, folder, device, started(label)))
+    return runs
+
+
+def try_batch(recipe: Recipe, *, store: Store | None = None) -> dict[str, Any]:
+    """Read the data of a recipe's first seed and take one loss on the CPU; return what was seen.
+
+    Raises:
+        PathcliError: as `train` does.
+    """
+    task = build(recipe)
+    task.prepare(store or Store(), device="cpu", progress=lambda _: _silent)
+    set_seed(task.train.seeds[0])
+    work: Work = task.begin(task.train.seeds[0])
+    rows = range(min(task.train.batch, len(work.examples)))
+    work.module.train()
+    loss = work.module.loss(work.collate([work.examples[i] for i in rows]))  # type: ignore[operator]
+    weights = sum(p.numel() for p in work.module.parameters() if p.requires_grad)
+    seen = {"examples": len(work.examples), "trainable weights": weights, "loss": float(loss)}
+    lists = {k: len(v) for k, v in work.facts.items() if isinstance(v, list | dict)}
+    return seen | {"warnings": "; ".join(work.facts.get("warnings", ()))} | lists
+
+
+def _train_one(
+    task: Any,  # noqa: ANN401 - tasks share no base class
+    recipe: Recipe,
+    folder: Path,
+    device: str,
+    progress: Progress,
+) -> Run:
+    """Train one seed with one learning rate, or find it done."""
+    saved = folder / "recipe.yaml"
+    if (
+        saved.is_file()
+        and parse_yaml(saved.read_text(encoding="utf-8"), str(saved)) != recipe.values
+    ):
+        msg = f"{folder} holds a run of another recipe; give another --out, or remove it"
+        raise UsageError(msg)
+    if (folder / "report.json").is_file():
+        log.info("%s: is there already", folder)
+        return read_run(folder)
+    began = time.monotonic()
+    values = recipe.values["train"]
+    settings = replace(task.train, seed=values["seed"], lr=values["lr"])
+    set_seed(settings.seed)
+    work: Work = task.begin(settings.seed)
+    write_bytes(saved, recipe.to_yaml().encode(), lambda _: None, "--out")
+    loop = Loop(work, settings, folder, device)
+    loop.run(progress)
+    loop.save_weights()
+    facts = {
+        "seconds": round(time.monotonic() - began, 1),
+        "device": str(loop.accelerator.device),
+        "chosen_epoch": loop.best_epoch,
+        "epochs": loop.epochs_done,
+        "steps": loop.step,
+        "examples": len(work.examples),
+        "facts": {**work.facts, **work.conclude()},
+    }
+    return finish_run(folder, recipe, loop.best, loop.lines, facts)
+
+
+def _silent(done: int, total: int) -> None:
+    del done, total
