@@ -20,12 +20,16 @@ from pathcli.types import PathcliError, UsageError
 COMMANDS = {
     "tile": "Cut slides into tiles on tissue, and show where.",
     "embed": "Turn the tiles of slides into features, kept in the store.",
+    "recipes": "List, show, copy and check the recipes that `train` follows.",
+    "train": "Train what a recipe describes, one run for every seed.",
+    "mil-eval": "Evaluate trained heads on a benchmark or on labels of your own.",
+    "predict": "Say what a trained run makes of slides, and where it looked.",
     "store": "List, check and clean the feature store.",
     "models": "List, describe and fetch encoders and other downloads.",
     "doctor": "Say what works on this machine, and what to do about the rest.",
     "demo": "Take one slide all the way: tiles, features, a map, a report.",
 }
-"""Name and one line of help; `pathcli/cli/<name>.py` holds the command."""
+"""Name and one line of help; `pathcli/cli/<name>.py` holds the command, `-` as `_`."""
 
 
 class LazyGroup(TyperGroup):
@@ -46,7 +50,9 @@ class LazyGroup(TyperGroup):
         if cmd_name not in COMMANDS:
             msg = f"no command is called {cmd_name!r}: {did_you_mean(cmd_name, list(COMMANDS))}"
             raise UsageError(msg)
-        command = typer.main.get_command(import_module(f"pathcli.cli.{cmd_name}").app)
+        command = typer.main.get_command(
+            import_module(f"pathcli.cli.{cmd_name.replace('-', '_')}").app
+        )
         command.name = cmd_name
         return command
 

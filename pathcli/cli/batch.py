@@ -16,7 +16,7 @@ from pathcli.slides.readers import public_name
 from pathcli.types import PathcliError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from pathcli.slides.discovery import Found
     from pathcli.types import Progress
@@ -80,11 +80,18 @@ def _write_failures(batch: Batch, path: Path) -> None:
         show.warn(f"{path}: not written ({error.strerror})")
 
 
-def finish(batch: Batch, rows: list[dict[str, Any]], *, as_json: bool, out: Path) -> None:
-    """Print what was done and what failed, and exit with the batch's code."""
+def finish(
+    batch: Batch,
+    rows: list[dict[str, Any]],
+    *,
+    as_json: bool,
+    out: Path,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Print what was done and what failed, `more` in the JSON, and exit with the batch's code."""
     if as_json:
         failures = [{"path": p, "exit_code": c, "reason": r} for p, c, r in batch.failures]
-        show.as_json({"slides": batch.results, "failures": failures})
+        show.as_json({"slides": batch.results, "failures": failures, **(more or {})})
     else:
         show.table(rows)
     told = Counter(text for result in batch.results for text in result["warnings"])

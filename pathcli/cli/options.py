@@ -64,7 +64,10 @@ Device = Annotated[
     str, typer.Option("--device", help="Where to compute.", metavar="auto|cpu|cuda[:N]|mps")
 ]
 
+Runs = Annotated[Path, typer.Option("--out", help="Folder of run folders.", metavar="DIR")]
+
 OUT = Path("pathcli-out")
+RUNS = Path("runs")
 
 
 def open_store(root: Path | None, *, create: bool = True) -> Store:
@@ -72,6 +75,20 @@ def open_store(root: Path | None, *, create: bool = True) -> Store:
     from pathcli.store import Store  # noqa: PLC0415
 
     return Store(root, create=create or root is None)
+
+
+def folder(path: Path | None) -> Path | None:
+    """Return a folder an option names.
+
+    Raises:
+        ResourceError: there is none.
+    """
+    from pathcli.types import ResourceError  # noqa: PLC0415
+
+    if path is not None and not path.is_dir():
+        msg = f"{path}: no such folder"
+        raise ResourceError(msg)
+    return path
 
 
 def check(slide_mpp: float | None, device: str = "auto") -> None:

@@ -29,18 +29,28 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Speed(ProgressColumn):
-    """Tiles per second, as measured lately."""
+    """Tiles, or other units, per second, as measured lately."""
+
+    def __init__(self, unit: str) -> None:
+        """Know what is counted."""
+        super().__init__()
+        self.unit = unit
 
     def render(self, task: Task) -> Text:
         """Return the speed of one bar."""
-        return Text(f"{task.speed:.1f} tiles/s" if task.speed else "", style="cyan")
+        return Text(f"{task.speed:.1f} {self.unit}/s" if task.speed else "", style="cyan")
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[int, str], Callable[[int, int], None]]]:
-    """Show one bar on a terminal's stderr; yields a function (number, name) -> callback."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed())
-    bars = Progress(*columns, TimeRemainingColumn(), console=err, transient=True)
+def progress(
+    total: int, unit: str = "tiles"
+) -> Iterator[Callable[[int, str], Callable[[int, int], None]]]:
+    """Show one bar on a terminal's stderr; yields a function (number, name) -> callback.
+
+    A `total` of 0 means that nobody knows how many bars will follow each other.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    bars = Progress(*columns, Speed(unit), TimeRemainingColumn(), console=err, transient=True)
     bars.disable = not err.is_terminal
     root = logging.getLogger()
     plain = root.handlers
@@ -50,11 +60,11 @@ def progress(total: int) -> Iterator[Callable[[int, str], Callable[[int, int], N
         ]
 
     def start(number: int, name: str) -> Callable[[int, int], None]:
-        if bars.disable and total > 1:  # a log file wants a line a slide, not a bar
-            say(f"{number}/{total} {name}")
+        if bars.disable and total != 1:  # a log file wants a line a slide, not a bar
+            say(f"{number}/{total} {name}" if total else name)
         for known in bars.task_ids:
             bars.remove_task(known)
-        bar = bars.add_task(f"{number}/{total} {name[-40:]}", total=None)
+        bar = bars.add_task(f"{number}/{total} {name[-40:]}" if total else name[-60:], total=None)
 
         def step(done: int, of: int) -> None:
             bars.update(bar, completed=done, total=of)
@@ -109,6 +119,6 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def as_json(value: Mapping[str, Any]) -> None:
-    """Print the one JSON object of `--json`."""
+def as_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    """Print the one JSON value of `--json`: an object, or the list of `recipes list`."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")

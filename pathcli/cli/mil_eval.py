@@ -1,0 +1,121 @@
+"""`pathcli mil-eval`: trained heads on test slides, with intervals and a report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pathcli.cli import options as o
+from pathcli.cli.recipes import Settings
+
+if TYPE_CHECKING:
+    from pathcli.evals.mil_report import Measurements
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+
+@app.command()
+def mil_eval(
+    benchmark: Annotated[
+        str, typer.Argument(help="camelyon16, camelyon17, bracs, or a table of labels.")
+    ],
+    slides: Annotated[
+        Path | None,
+        typer.Option(
+            "--slides", help="Slides, where features are not in the store.", metavar="DIR"
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", help="The benchmark's label table, where it is not ours to ship."),
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", help="Only runs on features of this encoder.")
+    ] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option("--head", help="A head; repeatable [default: abmil, acmil]."),
+    ] = None,
+    runs: Annotated[Path, typer.Option("--runs", help="Folder of run folders.")] = o.RUNS,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train the heads that have no finished run.")
+    ] = False,
+    settings: Settings = None,
+    specificity: Annotated[
+        float, typer.Option("--specificity", help="At which sensitivity is stated.", min=0, max=1)
+    ] = 0.9,
+    allow_leak: Annotated[
+        bool, typer.Option("--allow-leak", help="Only warn of patients that were trained on.")
+    ] = False,
+    device: o.Device = "auto",
+    out: o.Out = o.OUT,
+    store: o.StoreRoot = None,
+    json: o.Json = False,
+) -> None:
+    """Evaluate trained heads on a benchmark or on labels of your own.
+
+    With labels the runs were trained on, their own test split is used; with other labels it
+    is an external validation on all slides. Writes report.html, report.json and
+    predictions.csv. --set changes what --train trains.
+    """
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.evals.mil import HEADS  # noqa: PLC0415
+    from pathcli.evals.mil import mil_eval as evaluate  # noqa: PLC0415
+    from pathcli.evals.mil_report import (  # noqa: PLC0415
+        measure_evaluation,
+        mil_report,
+        write_evaluation,
+    )
+    from pathcli.registry import resolve  # noqa: PLC0415
+    from pathcli.report import as_json  # noqa: PLC0415
+
+    o.check(None, device)
+    for name in head or ():
+        resolve("head", name)
+    with show.progress(0, unit="steps") as start:
+        found = evaluate(
+            benchmark,
+            runs=runs,
+            heads=tuple(head or HEADS),
+            encoder=encoder,
+            labels=labels,
+            slides=slides,
+            train_missing=train,
+            settings=settings or (),
+            specificity=specificity,
+            allow_leak=allow_leak,
+            store=o.open_store(store),
+            device=device,
+            progress=lambda name: start(0, name),
+        )
+    numbers = measure_evaluation(found)
+    report = mil_report(found, numbers)
+    folder = out / f"mil-eval-{Path(benchmark).stem}"
+    command = shlex.join(["pathcli", *sys.argv[1:]])
+    page = write_evaluation(folder, found, numbers, report, command)
+    for text in found.warnings:
+        show.warn(text)
+    missing = found.cohorts[0].missing
+    if missing:
+        show.warn(f"{len(missing)} of {len(found.table.rows)} slides are not usable; see {page}")
+    if json:
+        show.as_json(as_json(report) | {"report": str(page)})
+        return
+    show.table(_rows(numbers), title="mean over seeds [95 % interval over patients]")
+    show.table([dict(row) for row in numbers.pairs], title="heads against each other, AUROC")
+    show.say(f"open {page}")
+
+
+def _rows(numbers: Measurements) -> list[dict[str, Any]]:
+    """Return a row a head, intervals in brackets."""
+    rows = []
+    for head, measured in numbers.heads.items():
+        row: dict[str, Any] = {"head": head}
+        for name, m in measured.items():
+            row[name] = f"{m.interval.value:.3f} [{m.interval.low:.3f}, {m.interval.high:.3f}]"
+        rows.append(row)
+    return rows

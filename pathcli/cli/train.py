@@ -1,0 +1,65 @@
+"""`pathcli train`: a recipe in, run folders out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pathcli.cli import options as o
+from pathcli.cli.recipes import Settings
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="A shipped recipe's name, or a file.", metavar="NAME")
+    ],
+    settings: Settings = None,
+    out: o.Runs = o.RUNS,
+    device: o.Device = "auto",
+    store: o.StoreRoot = None,
+    json: o.Json = False,
+) -> None:
+    """Train what a recipe describes, one run for every seed.
+
+    Finished runs are kept, a stopped one goes on. Epoch and learning rate are chosen on
+    validation data; the test split is never read here.
+    """
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.recipe import load_recipe  # noqa: PLC0415
+    from pathcli.runs import train as train_all  # noqa: PLC0415
+
+    o.check(None, device)
+    known = load_recipe(recipe, settings or ())
+    kept = o.open_store(store)
+    with show.progress(0, unit="steps") as start:
+        runs = train_all(
+            known, out=out, store=kept, device=device, progress=lambda name: start(0, name)
+        )
+    rows = [
+        {
+            "run": str(run.folder),
+            "seed": run.seed,
+            "lr": run.recipe.values["train"]["lr"],
+            "epoch": run.provenance["chosen_epoch"],
+            **{name: round(value, 4) for name, value in run.metrics.items()},
+            "seconds": run.provenance["seconds"],
+        }
+        for run in runs
+    ]
+    for text in dict.fromkeys(w for run in runs for w in run.facts.get("warnings", ())):
+        show.warn(text)
+    if json:
+        show.as_json({"runs": rows})
+    else:
+        show.table(rows, title="on the validation split, at the chosen epoch")
+        show.say(f"each run has a report.html; test them with: {next_command(known.name, out)}")
+
+
+def next_command(recipe: str, out: Path) -> str:
+    """Return the command that evaluates what was trained."""
+    return f"pathcli mil-eval BENCHMARK|LABELS.csv --runs {out / recipe}"

@@ -1,0 +1,253 @@
+"""A trained run and slides in; probabilities, heatmaps and the tiles that mattered out."""
+
+from __future__ import annotations
+
+import csv
+import io
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pathcli.device import pick_device
+from pathcli.encoders.embedding import Embedder
+from pathcli.metrics.froc import auc_in_lesion, froc
+from pathcli.mil.heatmap import draw_heatmap, extreme_tiles, strip, write_attention_geojson
+from pathcli.mil.lesions import detections, evaluation_lesions, inside
+from pathcli.mil.task import load_head, predict_bags
+from pathcli.recipe import build_part
+from pathcli.slides.annotations import read_lesions
+from pathcli.slides.overlay import save_png
+from pathcli.slides.readers import open_slide
+from pathcli.store import Store
+from pathcli.store.files import write_bytes
+from pathcli.types import NOTICE, Bag, DataError, TileSpec, TileStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from pathcli.metrics.froc import Detections, Froc
+    from pathcli.runs import Run
+    from pathcli.types import Encoder, Features, Progress, Slide, Tiles
+
+TILES_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a run says of one slide, and where it wrote what it shows.
+
+    `probabilities` has one number per class, `attention_in_lesion` is an AUROC over tiles
+    where lesions are known, `candidates` what FROC counts there.
+    """
+
+    path: str
+    item: str
+    tiles: int
+    encoded: int
+    prediction: str
+    probabilities: dict[str, float]
+    files: dict[str, str]
+    warnings: tuple[str, ...]
+    attention_in_lesion: float | None = None
+    candidates: Detections | None = None
+
+
+class Predictor:
+    """A trained run, ready for one slide after another."""
+
+    def __init__(
+        self,
+        run: Run,
+        store: Store | None = None,
+        *,
+        encoder: Encoder | None = None,
+        device: str = "auto",
+        out: Path = Path("pathcli-out"),
+        lesions: Path | None = None,
+    ) -> None:
+        """Read the head; the encoder is loaded only where features are not in the store.
+
+        Args:
+            run: a finished run of the task `mil`.
+            store: where features are found or put (default: the user's store).
+            encoder: the run's encoder, if its recipe cannot name it here.
+            device: auto, cpu, cuda, cuda:1 or mps.
+            out: folder of what is written.
+            lesions: folder with `<slide>.xml`, `.json` or `.geojson`.
+
+        Raises:
+            DataError: the encoder is not the one whose features the run was trained on.
+            ResourceError: weights or the device are not here.
+        """
+        self.run, self.out, self.lesions = run, out, lesions
+        self.device = pick_device(device)
+        self.head = load_head(run, self.device)
+        self.spec = TileSpec.from_json(run.facts["tiles"])
+        built: Encoder = encoder or build_part(run.recipe, "encoder")()
+        if built.id != run.facts["encoder"]:
+            msg = (
+                f"{run.folder} was trained on features of {run.facts['encoder']}, here is "
+                f"{built.id}: other weights, preprocessing or precision"
+            )
+            raise DataError(msg)
+        self.embedder = Embedder(built, store or Store(), device=self.device)
+
+    def __call__(
+        self,
+        path: Path | str,
+        *,
+        mpp: float | None = None,
+        mpp_source: str = "given",
+        progress: Progress | None = None,
+    ) -> Predicted:
+        """Predict one slide, and draw where the head looked.
+
+        Raises:
+            DataError: not a slide, no usable resolution, no tile on tissue.
+            ResourceError: no weights, no space.
+        """
+        made = self.embedder(
+            path, spec=self.spec, mpp=mpp, mpp_source=mpp_source, progress=progress
+        )
+        if made.tiles == made.unreadable:
+            msg = f"{path}: no tile to predict from; pathcli tile {path} shows why"
+            raise DataError(msg)
+        features = self.embedder.store.features.mapped(made.key)
+        tiles = replace(made.tiling.tiles, status=features.status)
+        said = next(predict_bags(self.head, [_bag(features)], torch.device(self.device)))
+        classes = self.run.facts["classes"]
+        chances = {c: float(p) for c, p in zip(classes, said.probabilities, strict=True)}
+        with closing(open_slide(path)) as slide:
+            lesions = self._lesions(path, slide)
+            files = self._draw(slide, tiles, said.attention, lesions or [])
+        shown = Predicted(
+            path=str(path),
+            item=tiles.item,
+            tiles=made.tiles,
+            encoded=made.encoded,
+            prediction=max(chances, key=lambda name: chances[name]),
+            probabilities=chances,
+            files=files,
+            warnings=(*made.warnings, *self._scope()),
+        )
+        if lesions is None:
+            return shown
+        positive = 1 - float(said.probabilities[0])
+        return replace(
+            shown,
+            attention_in_lesion=_in_lesion(tiles, said.attention, lesions),
+            candidates=_candidates(tiles, said.attention * positive, lesions),
+        )
+
+    def _scope(self) -> list[str]:
+        if self.run.facts["bag"] == "patient":
+            return ["the run was trained on patients with all their slides; here a slide is alone"]
+        return []
+
+    def _lesions(self, path: Path | str, slide: Slide) -> list[Any] | None:
+        """Return the slide's lesions in level-0 px, an empty list for a slide without a file."""
+        if self.lesions is None:
+            return None
+        for suffix in (".xml", ".json", ".geojson"):
+            file = self.lesions / f"{Path(str(path)).stem}{suffix}"
+            if file.is_file():
+                bounds = slide.info.bounds if suffix == ".geojson" else (0, 0, 0, 0)
+                return read_lesions(file, bounds)
+        return []
+
+    def _draw(
+        self, slide: Slide, tiles: Tiles, attention: NDArray[np.float32], lesions: list[Any]
+    ) -> dict[str, str]:
+        name = tiles.item
+        files = {
+            "heatmap": self.out / f"{name}.heatmap.png",
+            "geojson": self.out / f"{name}.attention.geojson",
+            "tiles": self.out / f"{name}.tiles.png",
+        }
+        save_png(files["heatmap"], draw_heatmap(slide, tiles, attention, lesions=lesions))
+        write_attention_geojson(files["geojson"], tiles, attention, slide.info.bounds)
+        most, least = extreme_tiles(slide, tiles, attention, TILES_SHOWN)
+        rows = [
+            strip([tile.pixels for tile in part], TILES_SHOWN) for part in (most, least) if part
+        ]
+        save_png(files["tiles"], _stack(rows))
+        return {kind: str(path) for kind, path in files.items()}
+
+
+def _bag(features: Features) -> Bag:
+    good = features.status == TileStatus.OK
+    values = features.values if good.all() else features.values[good]
+    name = features.key.item
+    blank = np.zeros(len(values), np.int32)
+    return Bag(name, name, None, (name,), values, features.xy[good], blank)
+
+
+def _stack(rows: list[Any]) -> Any:  # noqa: ANN401 - pictures
+    """Return rows of tiles one above the other, white between and beside them."""
+    width = max(row.shape[1] for row in rows)
+    parts: list[Any] = []
+    for row in rows:
+        parts += [np.pad(row, ((0, 12), (0, width - row.shape[1]), (0, 0)), constant_values=255)]
+    return np.concatenate(parts)[:-12]
+
+
+def _in_lesion(tiles: Tiles, attention: NDArray[np.float32], lesions: list[Any]) -> float | None:
+    good = tiles.status == TileStatus.OK
+    if not lesions:
+        return None
+    area = auc_in_lesion(attention, inside(tiles, lesions)[good])
+    return None if np.isnan(area) else area
+
+
+def _candidates(tiles: Tiles, score: NDArray[np.float32], lesions: list[Any]) -> Detections:
+    """Return FROC's candidates; attention times probability and tile count compares slides."""
+    merged, ignored = evaluation_lesions(lesions, tiles.slide_mpp) if lesions else ([], ())
+    return detections(tiles, score * len(score), merged, ignored)
+
+
+def lesion_metrics(results: Sequence[Predicted]) -> tuple[float | None, Froc | None]:
+    """Return the mean attention-in-lesion AUROC over slides, and FROC over all of them."""
+    areas = [r.attention_in_lesion for r in results if r.attention_in_lesion is not None]
+    found = [r.candidates for r in results if r.candidates is not None]
+    curve = froc(found) if any(d.lesions for d in found) else None
+    return (float(np.mean(areas)) if areas else None), curve
+
+
+def write_predictions(path: Path, results: Sequence[Predicted]) -> None:
+    """Write `predictions.csv`: a row a slide, a probability a class.
+
+    Raises:
+        ResourceError: the disk is full, or the folder may not be written.
+    """
+    if not results:
+        return
+    text = io.StringIO()
+    writer = csv.writer(text)
+    classes = list(results[0].probabilities)
+    writer.writerow(["wsi", "item", "prediction", *(f"p_{c}" for c in classes), "tiles", "note"])
+    for r in results:
+        chances = [f"{r.probabilities[c]:.6f}" for c in classes]
+        writer.writerow([r.path, r.item, r.prediction, *chances, r.tiles, NOTICE])
+    write_bytes(path, text.getvalue().encode("utf-8", "backslashreplace"), lambda _: None, "--out")
+
+
+def as_row(result: Predicted) -> dict[str, Any]:
+    """Return one prediction as plain JSON values."""
+    return {
+        "path": result.path,
+        "item": result.item,
+        "prediction": result.prediction,
+        "probabilities": {c: round(p, 6) for c, p in result.probabilities.items()},
+        "tiles": result.tiles,
+        "encoded": result.encoded,
+        "attention_in_lesion": result.attention_in_lesion,
+        "files": result.files,
+        "warnings": list(result.warnings),
+        "notice": NOTICE,
+    }

@@ -1,0 +1,205 @@
+"""The task `mil`: a recipe's bags and head in, what the trainer trains out; and back again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import torch
+
+from pathcli.metrics.classification import CLASSIFICATION
+from pathcli.mil.bags import Bags
+from pathcli.recipe import build_part
+from pathcli.settings import TrainSettings  # noqa: TC001 - builds the section `train`
+from pathcli.slides.tiling import tile_spec
+from pathcli.state import load_trainable
+from pathcli.trainer import Work
+from pathcli.types import Bag, DataError, TileSpec, digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from pathcli.mil.bags import BagData, Cohort, Started
+    from pathcli.mil.splits import Split
+    from pathcli.runs import Run
+    from pathcli.store import Store
+    from pathcli.types import Encoder, Head
+
+
+class Classifier(torch.nn.Module):
+    """A head as the trainer sees it: bags in, loss out."""
+
+    def __init__(self, head: Head) -> None:
+        """Take the head, a module itself."""
+        super().__init__()
+        self.head = head
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def loss(self, bags: Sequence[Bag]) -> torch.Tensor:
+        """Return the mean loss of a few bags."""
+        losses = []
+        for bag in bags:
+            label = torch.tensor(bag.label, device=self.device)
+            losses.append(self.head.loss(_tensor(bag, self.device), label))
+        return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a head says of one bag: float64 probabilities [c], float32 attention [n]."""
+
+    bag: Bag
+    probabilities: NDArray[np.float64]
+    attention: NDArray[np.float32]
+
+
+def predict_bags(head: Head, bags: Iterable[Bag], device: torch.device) -> Iterator[Prediction]:
+    """Yield what a head, in evaluation mode, says of each bag."""
+    for bag in bags:
+        with torch.no_grad():
+            said = head(_tensor(bag, device))
+        chances = torch.softmax(said.logits.double(), -1).cpu().numpy()
+        yield Prediction(bag, chances, said.attention.float().cpu().numpy())
+
+
+def _tensor(bag: Bag, device: torch.device) -> torch.Tensor:
+    if not len(bag.features):
+        msg = f"{bag.name}: a bag without tiles"
+        raise DataError(msg)
+    return torch.from_numpy(bag.features).to(device).float()
+
+
+class MilTask:
+    """Slide classification by attention over tiles; the recipe's sections are its arguments."""
+
+    def __init__(
+        self,
+        *,
+        encoder: Encoder,
+        head: Callable[[int, int], Head],
+        data: BagData,
+        train: TrainSettings,
+        tiles: Annotated[TileSpec | None, tile_spec] = None,
+    ) -> None:
+        """Keep the parts; nothing is read before `prepare`."""
+        self.encoder, self.head, self.data, self.train = encoder, head, data, train
+        self.spec = tiles or encoder.native
+        self._cohort: Cohort | None = None
+
+    @property
+    def cohort(self) -> Cohort:
+        """The slides in use; known after `prepare`."""
+        if self._cohort is None:
+            msg = "call prepare first"
+            raise RuntimeError(msg)
+        return self._cohort
+
+    def prepare(self, store: Store, *, device: str = "auto", progress: Started) -> None:
+        """Find the features of all slides, or make them.
+
+        Raises:
+            DataError: the label table is wrong.
+            ResourceError: weights or slides are not here.
+        """
+        self._cohort = self.data.cohort(
+            store, self.encoder, self.spec, device=device, progress=progress
+        )
+
+    def begin(self, seed: int) -> Work:
+        """Return one seed's run: its own split, a fresh head, and no bag of a test slide.
+
+        Raises:
+            DataError: a class is missing among the slides that can be used.
+        """
+        split = self.data.partition(seed)
+        learn = Bags(self.cohort, split.train, self.data.bag)
+        check = Bags(self.cohort, split.val, self.data.bag)
+        classes = self.cohort.table.classes
+        for part, bags in (("train", learn), ("validation", check)):
+            absent = [name for i, name in enumerate(classes) if i not in set(bags.labels.tolist())]
+            if absent:
+                msg = f"seed {seed}: no {part} slide of class {', '.join(absent)} can be used"
+                raise DataError(msg)
+        module = Classifier(self.head(self.cohort.dim, len(classes)))
+        facts = self._facts(learn, check, split)
+        return Work(
+            module,
+            learn,
+            lambda: validate(module, check),
+            facts=facts,
+            conclude=lambda: {"validation": _said(module, check)},
+        )
+
+    def _facts(self, learn: Bags, check: Bags, split: Split) -> dict[str, Any]:
+        table, keys = self.cohort.table, self.cohort.keys
+        return {
+            "classes": list(table.classes),
+            "dim": self.cohort.dim,
+            "encoder": self.encoder.id,
+            "tiles": self.spec.to_json(),
+            "tiles_digest": self.spec.digest,
+            "labels": {"source": table.source, "digest": table.digest},
+            "features_digest": digest({slide: asdict(key) for slide, key in keys.items()}),
+            "store": {slide: key.stem for slide, key in keys.items()},
+            "missing": dict(self.cohort.missing),
+            "warnings": [*table.warnings, *split.warnings],
+            "bag": self.data.bag,
+            "split": {"name": split.name, **{k: list(v) for k, v in split.parts().items()}},
+            "train": learn.names,
+            "val": check.names,
+            "patients": sorted({*learn.patients, *check.patients}),
+        }
+
+
+def _said(module: Classifier, bags: Bags) -> dict[str, Any]:
+    """Return labels and probabilities of the validation bags, on which thresholds are fixed."""
+    chances = [p.probabilities for p in predict_bags(module.head, bags, module.device)]
+    return {"labels": bags.labels.tolist(), "probabilities": np.round(chances, 6).tolist()}
+
+
+def validate(module: Classifier, bags: Bags) -> dict[str, float]:
+    """Return the metrics of a head on the validation bags; `auroc+f1` is the seeds' choice."""
+    said = list(predict_bags(module.head, bags, module.device))
+    chances, labels = np.stack([p.probabilities for p in said]), bags.labels
+    found = {name: measure(labels, chances) for name, measure in CLASSIFICATION.items()}
+    true = torch.from_numpy(chances)[torch.arange(len(labels)), torch.from_numpy(labels)]
+    found["loss"] = float(-torch.log(true.clamp_min(1e-12)).mean())
+    return found | {"auroc+f1": found["auroc"] + found["macro_f1"]}
+
+
+# --- finished runs -----------------------------------------------------------------------
+
+
+def load_head(run: Run, device: str = "cpu") -> Head:
+    """Return the trained head of a run, in evaluation mode on a device.
+
+    Raises:
+        DataError: the weights are damaged or of another head.
+        ResourceError: they are not there.
+    """
+    head: Head = build_part(run.recipe, "head")(run.facts["dim"], len(run.facts["classes"]))
+    module = Classifier(head)
+    load_trainable(module, run.folder / "weights.safetensors")
+    module.to(device).eval()
+    return head
+
+
+def chosen(runs: Sequence[Run]) -> list[Run]:
+    """Return for each seed the run that was best on validation, ties by the lower loss."""
+    best: dict[int, Run] = {}
+    for run in runs:
+        rival = best.get(run.seed)
+        if rival is None or _standing(run.metrics, run) > _standing(rival.metrics, rival):
+            best[run.seed] = run
+    return [best[seed] for seed in sorted(best)]
+
+
+def _standing(metrics: Mapping[str, float], run: Run) -> tuple[float, float]:
+    return run.choice, -metrics.get("loss", 0.0)
