@@ -94,7 +94,7 @@ def attention_in_lesions(found: Evaluation, annotations: Path) -> dict[str, Any]
             areas.append(auc_in_lesion(said.attention, inside(tiles, lesions)))
             slides.append(said.bag.name)
     values = np.array(areas)
-    m = bootstrap(lambda rows: float(values[rows].mean()), slides)
+    m = bootstrap(lambda rows: float(values[rows].mean()), slides, limits=None)
     return {"attention_in_lesion": [round(v, 4) for v in (m.value, m.low, m.high)]}
 
 

@@ -8,8 +8,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Bag": "pathcli.types",
     "DataError": "pathcli.types",
     "Features": "pathcli.types",
+    "HeadOutput": "pathcli.types",
     "Key": "pathcli.types",
     "PathcliError": "pathcli.types",
     "ResourceError": "pathcli.types",
@@ -18,11 +20,17 @@ _PUBLIC = {
     "TileStatus": "pathcli.types",
     "Tiles": "pathcli.types",
     "UsageError": "pathcli.types",
+    "build": "pathcli.recipe",
     "build_encoder": "pathcli.encoders",
+    "check_recipe": "pathcli.recipe",
     "demo": "pathcli.evals.demo",
     "embed": "pathcli.encoders.embedding",
+    "load_recipe": "pathcli.recipe",
+    "mil_eval": "pathcli.evals.mil",
     "open_slide": "pathcli.slides",
+    "predict": "pathcli.mil.predict",
     "tile": "pathcli.slides.tiling",
+    "train": "pathcli.runs",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - the keys are strings

@@ -13,44 +13,51 @@ from pathcli.cli import options as o
 from pathcli.cli.recipes import Settings
 
 if TYPE_CHECKING:
+    from pathcli.evals.mil import Evaluation
     from pathcli.evals.mil_report import Measurements
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 
+Benchmark = Annotated[
+    str, typer.Argument(help="camelyon16, camelyon17, bracs, or a table of labels.")
+]
+Slides = Annotated[
+    Path | None,
+    typer.Option("--slides", help="Slides, where features are not in the store.", metavar="DIR"),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option("--labels", help="The benchmark's label table, where it is not ours to ship."),
+]
+Encoder = Annotated[
+    str | None, typer.Option("--encoder", help="Only runs on features of this encoder.")
+]
+Heads = Annotated[
+    list[str] | None, typer.Option("--head", help="A head; repeatable [default: abmil, acmil].")
+]
+RunFolder = Annotated[Path, typer.Option("--runs", help="Folder of run folders.", metavar="DIR")]
+Train = Annotated[bool, typer.Option("--train", help="Train the heads that have no finished run.")]
+Specificity = Annotated[
+    float, typer.Option("--specificity", help="At which sensitivity is stated.", min=0, max=1)
+]
+AllowLeak = Annotated[
+    bool, typer.Option("--allow-leak", help="Only warn of patients that were trained on.")
+]
+
+
 @app.command()
 def mil_eval(
-    benchmark: Annotated[
-        str, typer.Argument(help="camelyon16, camelyon17, bracs, or a table of labels.")
-    ],
-    slides: Annotated[
-        Path | None,
-        typer.Option(
-            "--slides", help="Slides, where features are not in the store.", metavar="DIR"
-        ),
-    ] = None,
-    labels: Annotated[
-        Path | None,
-        typer.Option("--labels", help="The benchmark's label table, where it is not ours to ship."),
-    ] = None,
-    encoder: Annotated[
-        str | None, typer.Option("--encoder", help="Only runs on features of this encoder.")
-    ] = None,
-    head: Annotated[
-        list[str] | None,
-        typer.Option("--head", help="A head; repeatable [default: abmil, acmil]."),
-    ] = None,
-    runs: Annotated[Path, typer.Option("--runs", help="Folder of run folders.")] = o.RUNS,
-    train: Annotated[
-        bool, typer.Option("--train", help="Train the heads that have no finished run.")
-    ] = False,
+    benchmark: Benchmark,
+    slides: Slides = None,
+    labels: Labels = None,
+    encoder: Encoder = None,
+    head: Heads = None,
+    runs: RunFolder = o.RUNS,
+    train: Train = False,
     settings: Settings = None,
-    specificity: Annotated[
-        float, typer.Option("--specificity", help="At which sensitivity is stated.", min=0, max=1)
-    ] = 0.9,
-    allow_leak: Annotated[
-        bool, typer.Option("--allow-leak", help="Only warn of patients that were trained on.")
-    ] = False,
+    specificity: Specificity = 0.9,
+    allow_leak: AllowLeak = False,
     device: o.Device = "auto",
     out: o.Out = o.OUT,
     store: o.StoreRoot = None,
@@ -65,13 +72,7 @@ def mil_eval(
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.evals.mil import HEADS  # noqa: PLC0415
     from pathcli.evals.mil import mil_eval as evaluate  # noqa: PLC0415
-    from pathcli.evals.mil_report import (  # noqa: PLC0415
-        measure_evaluation,
-        mil_report,
-        write_evaluation,
-    )
     from pathcli.registry import resolve  # noqa: PLC0415
-    from pathcli.report import as_json  # noqa: PLC0415
 
     o.check(None, device)
     for name in head or ():
@@ -92,9 +93,21 @@ def mil_eval(
             device=device,
             progress=lambda name: start(0, name),
         )
+    _print(found, out / f"mil-eval-{Path(benchmark).stem}", json=json)
+
+
+def _print(found: Evaluation, folder: Path, *, json: bool) -> None:
+    """Measure, write the report's files, and print what they say."""
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.evals.mil_report import (  # noqa: PLC0415
+        measure_evaluation,
+        mil_report,
+        write_evaluation,
+    )
+    from pathcli.report import as_json  # noqa: PLC0415
+
     numbers = measure_evaluation(found)
     report = mil_report(found, numbers)
-    folder = out / f"mil-eval-{Path(benchmark).stem}"
     command = shlex.join(["pathcli", *sys.argv[1:]])
     page = write_evaluation(folder, found, numbers, report, command)
     for text in found.warnings:
@@ -105,7 +118,8 @@ def mil_eval(
     if json:
         show.as_json(as_json(report) | {"report": str(page)})
         return
-    show.table(_rows(numbers), title="mean over seeds [95 % interval over patients]")
+    kind = "external validation, " if found.external else ""
+    show.table(_rows(numbers), title=f"{kind}mean over seeds [95 % interval over patients]")
     show.table([dict(row) for row in numbers.pairs], title="heads against each other, AUROC")
     show.say(f"open {page}")
 

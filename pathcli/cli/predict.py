@@ -19,7 +19,7 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="Folder of one finished run.")],
+    run: Annotated[Path, typer.Argument(help="Folder of one seed's finished run.")],
     slides: o.Slides,
     lesions: Annotated[
         Path | None,
@@ -68,24 +68,28 @@ def predict(
 
 
 def one_run(folder: Path) -> Any:  # noqa: ANN401 - heavy to import
-    """Return the run in a folder.
+    """Return the run in a folder; of several learning rates the one best on validation.
 
     Raises:
-        UsageError: there are several; all are named.
+        UsageError: there are several seeds or recipes; the best of each is named.
         ResourceError: there is none.
     """
+    from pathcli.mil.task import chosen  # noqa: PLC0415
     from pathcli.runs import find_runs, read_run  # noqa: PLC0415
     from pathcli.types import UsageError  # noqa: PLC0415
 
-    if not (folder / "recipe.yaml").is_file() and folder.is_dir():
-        inside = find_runs(folder)
-        if len(inside) == 1:
-            return inside[0]
-        if inside:
-            names = ", ".join(str(r.folder) for r in inside[:4])
-            msg = f"{folder} holds {len(inside)} runs, name one: {names}"
-            raise UsageError(msg)
-    return read_run(folder)
+    if (folder / "recipe.yaml").is_file() or not folder.is_dir():
+        return read_run(folder)
+    inside = find_runs(folder)
+    by_recipe = {
+        r.recipe.name: [x for x in inside if x.recipe.name == r.recipe.name] for r in inside
+    }
+    best = [run for runs in by_recipe.values() for run in chosen(runs)]
+    if len(best) > 1:
+        names = ", ".join(str(r.folder) for r in best[:5])
+        msg = f"{folder} holds several seeds or recipes, name one run: {names}"
+        raise UsageError(msg)
+    return best[0] if best else read_run(folder)
 
 
 def _lesions(results: list[Predicted]) -> dict[str, Any]:
@@ -94,13 +98,9 @@ def _lesions(results: list[Predicted]) -> dict[str, Any]:
     from pathcli.mil.predict import lesion_metrics  # noqa: PLC0415
     from pathcli.report import metric  # noqa: PLC0415
 
-    area, curve = lesion_metrics(results)
     metrics = {}
-    if area is not None:
-        n = sum(r.attention_in_lesion is not None for r in results)
-        metrics["attention_in_lesion_auroc"] = metric(round(area, 4), n=n)
-        show.say(f"attention in lesions: AUROC {area:.3f}, mean of {n} slides")
-    if curve is not None:
-        metrics["froc"] = metric(round(curve.score, 4), n=curve.lesions)
-        show.say(f"FROC score {curve.score:.3f}: {curve.lesions} lesions, {curve.slides} slides")
+    for name, found in lesion_metrics(results).items():
+        low, high = (round(v, 4) if v == v else None for v in (found.low, found.high))  # noqa: PLR0124 - not NaN
+        metrics[name] = metric(round(found.value, 4), low, high, found.n)
+        show.say(f"{name}: {found.value:.3f} [{found.low:.3f}, {found.high:.3f}], {found.n} slides")
     return {"metrics": metrics}

@@ -128,14 +128,7 @@ def mil_eval(
     table = known.need_table() if known else _own_table(name)
     plan = _Plan(name, table, known, labels, slides, encoder, tuple(settings), runs)
     means = _Means(store or Store(), device, progress)
-    groups = _groups(plan, heads)
-    absent = [head for head in heads if not any(run_head(g[0]) == head for g in groups.values())]
-    if absent and not train_missing:
-        raise ResourceError(_how_to_train(plan, absent))
-    for head in absent:
-        recipe = load_recipe(*_recipe(plan, head))
-        train(recipe, out=runs, store=means.store, device=device, progress=progress)
-    groups = _groups(plan, heads) if absent else groups
+    groups = _trained(plan, means, heads, train_missing=train_missing)
     found = [
         _Test(plan, group, means, specificity, allow_leak=allow_leak) for group in groups.values()
     ]
@@ -150,6 +143,28 @@ def mil_eval(
         specificity=specificity,
         warnings=tuple(dict.fromkeys(w for test in found for w in test.warnings)),
     )
+
+
+def _trained(
+    plan: _Plan, means: _Means, heads: Sequence[str], *, train_missing: bool
+) -> dict[str, list[Run]]:
+    """Return the runs of every head, trained now where they are not there and may be."""
+    groups = _groups(plan, heads)
+    absent = [head for head in heads if not any(run_head(g[0]) == head for g in groups.values())]
+    if not absent:
+        return groups
+    if not train_missing:
+        raise ResourceError(_how_to_train(plan, absent))
+    for head in absent:
+        recipe = load_recipe(*_recipe(plan, head))
+        train(
+            recipe,
+            out=plan.runs,
+            store=means.store,
+            device=means.device,
+            progress=means.progress,
+        )
+    return _groups(plan, heads)
 
 
 def run_head(run: Run) -> str:

@@ -61,7 +61,7 @@ def mil_report(found: Evaluation, numbers: Measurements) -> Report:
         for s in found.heads
     ]
     return Report(
-        title=f"{found.name}: slide classification",
+        title=f"{Path(found.name).name}: slide classification",
         metrics=metrics,
         rows=tuple(rows),
         provenance={
