@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +38,10 @@ def chart(
     import matplotlib as mpl  # noqa: PLC0415 - costs a second
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    with mpl.rc_context({"svg.hashsalt": "pathcli", "font.size": 10, "svg.fonttype": "none"}):
+    svg = {"svg.hashsalt": "pathcli", "svg.fonttype": "none"}
+    look: Any = svg | {"font.size": 10, "text.parse_math": False}  # names are no formulas
+    with mpl.rc_context(look), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the browser has the glyphs
         figure = Figure(figsize=(4.6, 4.2) if unit else (5.6, 3.6), layout="constrained")
         axes = figure.add_subplot()
         if diagonal:
@@ -55,5 +59,5 @@ def chart(
             axes.legend(frameon=False)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+    drawn = text.getvalue()
+    return drawn[drawn.index("<svg") :]

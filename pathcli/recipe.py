@@ -16,12 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from pathcli.registry import BUILTIN, did_you_mean, names, resolve
 from pathcli.types import DataError, PathcliError, ResourceError, UsageError
-from pathcli.yaml12 import parse_yaml
+from pathcli.yaml12 import dump_yaml, parse_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -65,7 +64,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """Return the values as YAML."""
-        return str(yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True))
+        return dump_yaml(self.values)
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
         if not equals or not key:
             msg = f"--set takes section.key=value, not {setting!r}"
             raise UsageError(msg)
-        given[key] = parse_yaml(value, f"--set {setting}")
+        given[key] = parse_yaml(value, f"--set {setting!r}")
     return recipe.with_values(**given)
 
 
@@ -222,8 +221,12 @@ class _Check:
             self.task = self._built("", factory, built)
 
     def _section(self, name: str, annotation: Any, value: Any, owner: Any) -> Any:  # noqa: ANN401
+        if value == ASKED:
+            self.asked.append(name)
+            return None
         if not isinstance(value, dict):
-            self.faults.append(f"{name}: a mapping, not {value!r}")
+            form = f"{{kind: {names(name)[0]}}}" if name in BUILTIN else "{key: value}"
+            self.faults.append(f"{name}: must be a mapping such as {form}, not {value!r}")
             return None
         given, resolved = dict(value), {}
         if name in BUILTIN:
@@ -252,6 +255,9 @@ class _Check:
         return None
 
     def _component(self, kind: str, path: str, name: Any) -> Any:  # noqa: ANN401
+        if name == ASKED:
+            self.asked.append(path)
+            return None
         if not isinstance(name, str):
             self.faults.append(f"{path}: name a {kind}: {', '.join(names(kind))}")
             return None
@@ -294,8 +300,8 @@ class _Check:
             # JSON's strict rules: a list may be a tuple, text a path, but never text a number
             found = adapter.validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
-            reasons = dict.fromkeys(item["msg"].lower() for item in error.errors())
-            self.faults.append(f"{path}: {', or '.join(reasons)}, not {value!r}")
+            reasons = dict.fromkeys(_plainly(item["msg"]) for item in error.errors())
+            self.faults.append(f"{path}: {', or '.join(reasons)} (it is {value!r})")
             return None
         return found.expanduser().absolute() if isinstance(found, Path) else found
 
@@ -346,6 +352,16 @@ def _hint(factory: Any, annotation: Any) -> Any:  # noqa: ANN401
 def _constructor(hint: Any) -> Any:  # noqa: ANN401
     """Return what builds a section that has no `kind`: a class, or the function annotated to it."""
     return next(iter(getattr(hint, "__metadata__", ())), hint)
+
+
+def _plainly(reason: str) -> str:
+    """Return pydantic's reason in the words of a recipe."""
+    reason = reason.removeprefix("Input ").replace("a valid integer", "an integer")
+    boolean = {"valid boolean": "boolean (true or false)"}
+    words = boolean | {"valid array": "list", "valid ": "", " after validation": ""}
+    for word, ours in words.items():
+        reason = reason.replace(word, ours)
+    return reason[:1].lower() + reason[1:]
 
 
 def _adapter(hint: Any) -> TypeAdapter[Any]:  # noqa: ANN401

@@ -30,9 +30,8 @@ h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-top: .8rem;
 p { max-width: 46rem; } p.notice { color: #9a3412; font-weight: 600; }
 table { border-collapse: collapse; margin: .8rem 0; font-size: .92rem; }
 th, td { text-align: left; padding: .3rem 1.2rem .3rem 0; vertical-align: top;
-         border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-td:first-child { overflow-wrap: normal; }
-th { color: var(--soft); overflow-wrap: normal; font-weight: 600; }
+         border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
+th { color: var(--soft); font-weight: 600; }
 pre { background: #f4f5f7; padding: .6rem .9rem; overflow-x: auto; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
 figure { margin: .6rem 0; flex: 1 1 20rem; } figure.strip { flex-basis: 100%; }

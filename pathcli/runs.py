@@ -72,22 +72,27 @@ def read_run(folder: Path) -> Run:
         recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         name = str(report["provenance"]["recipe"])
-        values = parse_yaml(recipe, str(folder / "recipe.yaml"))
+        values = dict(parse_yaml(recipe, str(folder / "recipe.yaml")))
         metrics = {k: float(v["value"]) for k, v in report["metrics"].items()}
         return Run(folder, Recipe(name, values, recipe), metrics, report["provenance"])
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         state = "is unfinished; the same train command goes on" if folder.is_dir() else "is no run"
         msg = f"{folder} {state} ({Path(str(error.filename)).name} is not there)"
         raise ResourceError(msg) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         msg = f"{folder}: damaged run ({type(error).__name__}: {error})"
         raise DataError(msg) from error
 
 
 def find_runs(root: Path) -> list[Run]:
-    """Return all finished runs in or below a folder, by path."""
-    found = sorted(p.parent for p in root.rglob("report.json"))
-    return [read_run(folder) for folder in found if (folder / "recipe.yaml").is_file()]
+    """Return all finished runs in or below a folder, by path; damaged ones are left out, aloud."""
+    runs = []
+    for folder in sorted(p.parent for p in root.rglob("report.json")):
+        try:
+            runs += [read_run(folder)] if (folder / "recipe.yaml").is_file() else []
+        except DataError as error:
+            log.warning("%s; left out", error)
+    return runs
 
 
 def finish_run(
@@ -114,10 +119,7 @@ def finish_run(
     return read_run(folder)
 
 
-_LEAD = (
-    "How one run went: training and validation only. The test split was not touched; "
-    "pathcli mil-eval does that, once."
-)
+_LEAD = "How one run went: training and validation only; no example of a test split was read."
 
 
 def _sections(recipe: Recipe, report: Report, lines: Sequence[Mapping[str, Any]]) -> list[Section]:
@@ -138,7 +140,11 @@ def _sections(recipe: Recipe, report: Report, lines: Sequence[Mapping[str, Any]]
         charts.append(chart(others, x="epoch", y="validation metric"))
     values = [{"metric": k, "value": f"{v['value']:.4f}"} for k, v in report.metrics.items()]
     facts = {k: v for k, v in report.provenance.items() if not isinstance(v, dict | list)}
+    warnings = [{"warning": text} for text in report.provenance["facts"].get("warnings", ())]
+    missing = report.provenance["facts"].get("missing", {})
+    warnings += [{"warning": f"{name}: {why}"} for name, why in missing.items()]
     return [
+        *([Section("Mind this", rows=warnings)] if warnings else []),
         Section("The chosen weights, on the validation split", rows=values),
         Section("How it went", charts=charts),
         Section("The run", rows=pairs(facts)),
@@ -190,17 +196,25 @@ def train(
     started = progress or (lambda _: _silent)
     task = build(recipe)
     settings: TrainSettings = task.train
-    task.prepare(store or Store(), device=device, progress=started)
-    runs = []
+    planned: list[tuple[Path, Recipe]] = []
     for seed in settings.seeds:
         for rate in settings.rates:
             folder = out / recipe.name / f"seed-{seed}"
-            if len(settings.rates) > 1:
-                folder /= f"lr-{rate:g}"
-            one = resolve_recipe(recipe.with_values(**{"train.seed": seed, "train.lr": rate}))
-            label = f"{recipe.name} {folder.relative_to(out / recipe.name)}"
-            runs.append(_train_one(task, one, folder, device, started(label)))
-    return runs
+            folder = folder / f"lr-{rate:g}" if len(settings.rates) > 1 else folder
+            one = recipe.with_values(**{"train.seed": seed, "train.lr": rate})
+            planned.append((folder, resolve_recipe(one)))
+            _refuse_another(*planned[-1])
+    task.prepare(store or Store(), device=device, progress=started)
+    return [
+        _train_one(
+            task,
+            one,
+            folder,
+            device,
+            started(f"{recipe.name} {folder.relative_to(out / recipe.name)}"),
+        )
+        for folder, one in planned
+    ]
 
 
 def try_batch(recipe: Recipe, *, store: Store | None = None) -> dict[str, Any]:
@@ -217,9 +231,9 @@ def try_batch(recipe: Recipe, *, store: Store | None = None) -> dict[str, Any]:
     work.module.train()
     loss = work.module.loss(work.collate([work.examples[i] for i in rows]))  # type: ignore[operator]
     weights = sum(p.numel() for p in work.module.parameters() if p.requires_grad)
-    seen = {"examples": len(work.examples), "trainable weights": weights, "loss": float(loss)}
-    lists = {k: len(v) for k, v in work.facts.items() if isinstance(v, list | dict)}
-    return seen | {"warnings": "; ".join(work.facts.get("warnings", ()))} | lists
+    seen = {"examples": len(work.examples), "trainable weights": weights, "loss": loss.item()}
+    seen |= {k: len(v) for k, v in work.facts.items() if isinstance(v, list) or k == "missing"}
+    return seen | {"warnings": "; ".join(work.facts.get("warnings", ()))}
 
 
 def _train_one(
@@ -230,21 +244,19 @@ def _train_one(
     progress: Progress,
 ) -> Run:
     """Train one seed with one learning rate, or find it done."""
-    saved = folder / "recipe.yaml"
-    if (
-        saved.is_file()
-        and parse_yaml(saved.read_text(encoding="utf-8"), str(saved)) != recipe.values
-    ):
-        msg = f"{folder} holds a run of another recipe; give another --out, or remove it"
-        raise UsageError(msg)
-    if (folder / "report.json").is_file():
-        log.info("%s: is there already", folder)
-        return read_run(folder)
     began = time.monotonic()
     values = recipe.values["train"]
     settings = replace(task.train, seed=values["seed"], lr=values["lr"])
     set_seed(settings.seed)
     work: Work = task.begin(settings.seed)
+    if (folder / "report.json").is_file():
+        there = read_run(folder)
+        if there.provenance["data"] != work.identity:
+            msg = f"{folder} was trained on other labels, splits or features; give another --out"
+            raise UsageError(msg)
+        log.info("%s: is there already", folder)
+        return there
+    saved = folder / "recipe.yaml"
     write_bytes(saved, recipe.to_yaml().encode(), lambda _: None, "--out")
     loop = Loop(work, settings, folder, device)
     loop.run(progress)
@@ -256,9 +268,33 @@ def _train_one(
         "epochs": loop.epochs_done,
         "steps": loop.step,
         "examples": len(work.examples),
+        "data": work.identity,
         "facts": {**work.facts, **work.conclude()},
     }
     return finish_run(folder, recipe, loop.best, loop.lines, facts)
+
+
+def _refuse_another(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder that holds something of a run of another recipe."""
+    saved = folder / "recipe.yaml"
+    if saved.is_file() and any((folder / n).exists() for n in ("state", "report.json")):
+        there = parse_yaml(saved.read_text(encoding="utf-8"), str(saved))
+        if there != recipe.values:
+            msg = (
+                f"{folder} holds a run of another recipe ({_difference(there, recipe.values)}); "
+                "give another --out, or remove it"
+            )
+            raise UsageError(msg)
+
+
+def _difference(there: Any, here: Any, path: str = "") -> str:  # noqa: ANN401 - YAML values
+    """Return the first value in which two recipes differ, with its path."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        no = "nothing"
+        key = next(k for k in {**here, **there} if there.get(k, no) != here.get(k, no))
+        below = f"{path}.{key}" if path else str(key)
+        return _difference(there.get(key, no), here.get(key, no), below)
+    return f"{path or 'all of it'}: {there!r} there, {here!r} here"
 
 
 def _silent(done: int, total: int) -> None:

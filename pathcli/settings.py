@@ -45,7 +45,7 @@ class TrainSettings:
         """Refuse what no run could do.
 
         Raises:
-            UsageError: a count below 1, a rate that is not positive, an empty list.
+            UsageError: a number outside its range, an empty list, a choice without its metric.
         """
         counts = {"epochs": self.epochs, "batch": self.batch, "accumulate": self.accumulate}
         if self.patience is not None:
@@ -53,12 +53,20 @@ class TrainSettings:
         wrong = [f"{name} must be at least 1" for name, n in counts.items() if n < 1]
         if not self.rates or min(self.rates) <= 0:
             wrong.append("lr must be positive")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            wrong.append("seed must name different seeds")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            wrong.append("seed must name different seeds of at least 0")
+        lowest = {"min_lr": self.min_lr, "weight_decay": self.weight_decay, "workers": self.workers}
+        wrong += [f"{name} must be at least 0" for name, n in lowest.items() if n < 0]
+        if not all(0 <= beta < 1 for beta in self.betas):
+            wrong.append("betas must be at least 0 and below 1")
+        if self.clip is not None and self.clip <= 0:
+            wrong.append("clip must be positive, or null for no clipping")
         if not 0 <= self.warmup < 1:
             wrong.append("warmup is a share of the steps, at least 0 and below 1")
         if len(self.rates) > 1 and self.choose is None:
             wrong.append("several lr need `choose`, the validation metric that picks one")
+        if self.patience is not None and self.choose is None:
+            wrong.append("patience needs `choose`, the validation metric that must improve")
         if wrong:
             raise UsageError(", ".join(wrong))
 

@@ -24,7 +24,10 @@ def trainable_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         if any(p.requires_grad for p in part.parameters(recurse=False)):
             beside = part.named_buffers(prefix, recurse=False)
             state.update({name: buffer for name, buffer in beside if name in kept})
-    return {name: value.detach().cpu().clone() for name, value in state.items()}
+    return {  # contiguous, as safetensors wants it
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
+    }
 
 
 def load_trainable(module: torch.nn.Module, path: Path) -> None:

@@ -13,7 +13,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save as save_tensors
 
 from pathcli.device import pick_device
+from pathcli.registry import did_you_mean
 from pathcli.settings import TrainSettings, learning_rate, order
 from pathcli.state import fill, random_state, set_random_state, trainable_state
 from pathcli.store.files import write_bytes
@@ -46,6 +46,8 @@ _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 class Work:
     """What one run trains: the module, its examples, and what is validated on.
 
+    `identity` names the data: a stopped run goes on with the same data only.
+
     `module.loss(batch)` is called with `collate` of a list of examples; `validate` returns
     metrics of the module as it stands. `facts` go into `provenance.json`, and so does what
     `conclude` returns once the chosen weights are back in the module.
@@ -55,6 +57,7 @@ class Work:
     examples: Sequence[Any]
     validate: Callable[[], Metrics] | None = None
     collate: Callable[[list[Any]], Any] = list
+    identity: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     conclude: Callable[[], Mapping[str, Any]] = dict
 
@@ -110,10 +113,8 @@ class Loop:
         self.best: dict[str, float] = {}
         self.best_epoch, self.best_state = 0, trainable_state(work.module)
         self.lines: list[dict[str, Any]] = []
-        world = self.accelerator.num_processes
-        batches = math.ceil(len(work.examples) / (settings.batch * world))
-        self.updates = math.ceil(batches / settings.accumulate)
-        self.batches = batches
+        self.batches = math.ceil(len(work.examples) / settings.batch)
+        self.updates = math.ceil(self.batches / settings.accumulate)
 
     @property
     def steps(self) -> int:
@@ -146,15 +147,15 @@ class Loop:
         done = self.step - epoch * self.updates
         loader = self._loader(epoch, done * self.settings.accumulate)
         for number, batch in enumerate(loader, start=1 + done * self.settings.accumulate):
-            ends = number % self.settings.accumulate == 0 or number == self.batches
+            together = self.settings.accumulate
+            ends = number % together == 0 or number == self.batches
+            together = min(together, self.batches - (number - 1) // together * together)
             rate = learning_rate(self.settings, self.lr, self.step, self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            together = nullcontext() if ends else self.accelerator.no_sync(self.step_module)
-            with together:
-                with self.accelerator.autocast():
-                    loss = self.step_module(batch)
-                self.accelerator.backward(loss / self.settings.accumulate)
+            with self.accelerator.autocast():
+                loss = self.step_module(batch)
+            self.accelerator.backward(loss / together)
             self.total, self.count = self.total + loss.detach(), self.count + 1
             if not ends:
                 continue
@@ -168,12 +169,9 @@ class Loop:
             yield self.step
 
     def _loader(self, epoch: int, start: int) -> Iterator[Any]:
-        """Yield this process's batches of one epoch from batch `start` on."""
-        size, world = self.settings.batch, self.accelerator.num_processes
-        indices = order(self.seed, epoch, len(self.work.examples))
-        indices += indices[: self.batches * size * world - len(indices)] if world > 1 else []
-        mine = indices[self.accelerator.process_index :: world]
-        cut = [mine[i : i + size] for i in range(0, len(mine), size)][start:]
+        """Yield the batches of one epoch from batch `start` on."""
+        size, indices = self.settings.batch, order(self.seed, epoch, len(self.work.examples))
+        cut = [indices[i : i + size] for i in range(0, len(indices), size)][start:]
         if not self.settings.workers:
             for rows in cut:
                 yield self.work.collate([self.work.examples[i] for i in rows])
@@ -204,9 +202,10 @@ class Loop:
             self.step_module.eval()
             with torch.no_grad(), self.accelerator.autocast():
                 found = dict(self.work.validate())
+            known = {n: value if math.isfinite(value) else None for n, value in found.items()}
             self.lines.append(
                 {"step": self.step, "epoch": self.epochs_done}
-                | {f"val_{name}": value for name, value in found.items()}
+                | {f"val_{name}": value for name, value in known.items()}
             )
         if self._better(found):
             self.best, self.best_epoch, self.stale = found, self.epochs_done, 0
@@ -220,13 +219,13 @@ class Loop:
         if name is None:
             return True
         if name not in found:
-            msg = f"train.choose: no validation metric is called {name!r}: {', '.join(found)}"
+            msg = f"train.choose: no validation metric is called {name!r}: "
+            msg += did_you_mean(name, list(found)) if found else "nothing is validated here"
             raise UsageError(msg)
         return not self.best or _rank(found, name) > _rank(self.best, name)
 
     def _write(self, name: str, data: bytes) -> None:
-        if self.accelerator.is_main_process:
-            write_bytes(self.folder / name, data, lambda _: None, "--out")
+        write_bytes(self.folder / name, data, lambda _: None, "--out")
 
     def save_weights(self) -> None:
         """Write the chosen weights, and put them back into the module."""
@@ -238,6 +237,7 @@ class Loop:
         """Write everything that `_resume` needs."""
         scaler = self.accelerator.scaler
         state = {
+            "identity": self.work.identity,
             "module": trainable_state(self.work.module),
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else {},
@@ -261,11 +261,19 @@ class Loop:
         if not path.is_file():
             return
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            self._restore(torch.load(path, map_location="cpu", weights_only=True), str(path))
+        except DataError:
+            raise
         except Exception as error:  # many kinds, all of them mean a damaged file
             msg = f"{path}: damaged ({type(error).__name__}); remove it to start the run again"
             raise DataError(msg) from error
-        fill(self.work.module, state["module"], str(path))
+        log.info("%s: going on from step %d of %d", self.folder, self.step, self.steps)
+
+    def _restore(self, state: dict[str, Any], source: str) -> None:
+        if state["identity"] != self.work.identity:
+            msg = f"{source}: labels, splits or features have changed since; give another --out"
+            raise DataError(msg)
+        fill(self.work.module, state["module"], source)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -274,7 +282,6 @@ class Loop:
         self.total, self.count = state["total"].to(self.accelerator.device), state["count"]
         self.lines = json.loads(state["lines"])
         set_random_state(state["rng"])
-        log.info("%s: going on from step %d of %d", self.folder, self.step, self.steps)
 
 
 def accelerator(settings: TrainSettings, device: str) -> Accelerator:
@@ -283,7 +290,11 @@ def accelerator(settings: TrainSettings, device: str) -> Accelerator:
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - one per process, else
-    return Accelerator(cpu=device == "cpu", mixed_precision=_PRECISIONS[settings.precision])
+    found = Accelerator(cpu=device == "cpu", mixed_precision=_PRECISIONS[settings.precision])
+    if found.num_processes > 1:
+        msg = "training in several processes is not there yet; start one a seed: train.seed=[1]"
+        raise UsageError(msg)
+    return found
 
 
 def _one(values: list[Any]) -> tuple[Any]:

@@ -1,4 +1,4 @@
-"""YAML in, plain values out, by the rules of YAML 1.2, which are the ones people expect."""
+"""YAML in, plain values out, and back, by YAML 1.2's rules, which are the ones people expect."""
 
 from __future__ import annotations
 
@@ -17,6 +17,19 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain scalars: 1e-4 is a number, `no` and `on` are words, dates are text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as PyYAML has it
+    yaml_constructors = {  # noqa: RUF012 - likewise
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in {"str", "seq", "map"}
+    }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401 - PyYAML's own nodes
+        """Refuse aliases: every value stands where it is read, and none holds itself."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            problem = "aliases (*name) are not read here; write the value out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: ANN401
         """Refuse a key given twice, which YAML forbids and PyYAML lets pass."""
@@ -26,6 +39,14 @@ class _Loader(yaml.SafeLoader):
                 mark = node.value[i][0].start_mark
                 raise yaml.MarkedYAMLError(problem=f"key {key!r} given twice", problem_mark=mark)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around text that YAML 1.1 or 1.2 would read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ANN401, ARG002
+        """Write every value out."""
+        return True
 
 
 _SCALARS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
@@ -38,9 +59,14 @@ _SCALARS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
 
 def _teach(name: str, form: str, make: Callable[[str], Any]) -> None:
     def construct(loader: _Loader, node: Any) -> Any:  # noqa: ANN401 - PyYAML's own node
-        return make(str(loader.construct_scalar(node)))
+        text = str(loader.construct_scalar(node))
+        if not re.match(form, text):
+            problem = f"{text!r} is no {name}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return make(text)
 
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(form), None)
+    for part in (_Loader, _Dumper):
+        part.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(form), None)
     _Loader.add_constructor(f"tag:yaml.org,2002:{name}", construct)
 
 
@@ -63,3 +89,8 @@ def parse_yaml(text: str, source: str) -> Any:  # noqa: ANN401 - any YAML value
     except yaml.YAMLError as error:
         msg = f"{source}: not YAML: {str(error).splitlines()[0]}"
         raise DataError(msg) from error
+
+
+def dump_yaml(value: Any) -> str:  # noqa: ANN401 - any YAML value
+    """Return a value as YAML that `parse_yaml` reads back as it was."""
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True))

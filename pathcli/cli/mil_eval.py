@@ -46,6 +46,11 @@ AllowLeak = Annotated[
 ]
 
 
+ReportFolder = Annotated[
+    Path, typer.Option("--out", help="Folder of the report's folder.", metavar="DIR")
+]
+
+
 @app.command()
 def mil_eval(
     benchmark: Benchmark,
@@ -56,10 +61,10 @@ def mil_eval(
     runs: RunFolder = o.RUNS,
     train: Train = False,
     settings: Settings = None,
-    specificity: Specificity = 0.9,
+    specificity: Specificity = 0.9,  # as in the library
     allow_leak: AllowLeak = False,
     device: o.Device = "auto",
-    out: o.Out = o.OUT,
+    out: ReportFolder = o.OUT,
     store: o.StoreRoot = None,
     json: o.Json = False,
 ) -> None:
@@ -101,10 +106,12 @@ def _print(found: Evaluation, folder: Path, *, json: bool) -> None:
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.evals.mil_report import (  # noqa: PLC0415
         measure_evaluation,
+        metric_rows,
         mil_report,
         write_evaluation,
     )
     from pathcli.report import as_json  # noqa: PLC0415
+    from pathcli.types import NOTICE  # noqa: PLC0415
 
     numbers = measure_evaluation(found)
     report = mil_report(found, numbers)
@@ -112,24 +119,22 @@ def _print(found: Evaluation, folder: Path, *, json: bool) -> None:
     page = write_evaluation(folder, found, numbers, report, command)
     for text in found.warnings:
         show.warn(text)
-    missing = found.cohorts[0].missing
-    if missing:
-        show.warn(f"{len(missing)} of {len(found.table.rows)} slides are not usable; see {page}")
+    for scores in found.heads:
+        if scores.cohort.missing:
+            of = f"{len(scores.cohort.missing)} of {len(scores.cohort.table.rows)} slides"
+            show.warn(f"{scores.name}: {of} have no features; {page} names them")
     if json:
         show.as_json(as_json(report) | {"report": str(page)})
         return
-    kind = "external validation, " if found.external else ""
-    show.table(_rows(numbers), title=f"{kind}mean over seeds [95 % interval over patients]")
-    show.table([dict(row) for row in numbers.pairs], title="heads against each other, AUROC")
-    show.say(f"open {page}")
+    show.table(metric_rows(found, numbers), title="mean over seeds [95 % interval], sd over seeds")
+    show.table(_compared(numbers), title="heads against each other, AUROC")
+    say = report.provenance["positive_class"]
+    show.say(f"{NOTICE}" + (f" Positive is {say}." if say else "") + f" Open {page}")
 
 
-def _rows(numbers: Measurements) -> list[dict[str, Any]]:
-    """Return a row a head, intervals in brackets."""
-    rows = []
-    for head, measured in numbers.heads.items():
-        row: dict[str, Any] = {"head": head}
-        for name, m in measured.items():
-            row[name] = f"{m.interval.value:.3f} [{m.interval.low:.3f}, {m.interval.high:.3f}]"
-        rows.append(row)
-    return rows
+def _compared(numbers: Measurements) -> list[dict[str, Any]]:
+    """Return a row a pair of heads, numbers rounded."""
+    return [
+        {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+        for row in numbers.pairs
+    ]

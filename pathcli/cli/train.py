@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,9 +59,18 @@ def train(
         show.as_json({"runs": rows})
     else:
         show.table(rows, title="on the validation split, at the chosen epoch")
-        show.say(f"each run has a report.html; test them with: {next_command(known.name, out)}")
+        show.say(
+            "each run has a report.html" + next_command(runs[0].recipe.values, out / known.name)
+        )
 
 
-def next_command(recipe: str, out: Path) -> str:
-    """Return the command that evaluates what was trained."""
-    return f"pathcli mil-eval BENCHMARK|LABELS.csv --runs {out / recipe}"
+def next_command(values: Mapping[str, Any], folder: Path) -> str:
+    """Return the sentence that says how to test what was trained, where a command does."""
+    if values["task"] != "mil":
+        return ""
+    data = values["data"]
+    what = data["benchmark"] or data["labels"]
+    given = ["pathcli", "mil-eval", str(what), "--head", values["head"]["kind"]]
+    if data["benchmark"] and data["labels"]:
+        given += ["--labels", data["labels"]]
+    return f"; test the chosen ones with: {shlex.join([*given, '--runs', str(folder)])}"

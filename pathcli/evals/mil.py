@@ -1,66 +1,59 @@
 """A benchmark or a label table and trained runs in, an honest evaluation out.
 
-Runs whose labels are this very table are tested on their own test split; runs of other
-labels are validated externally, on all slides, after a check that no patient is shared.
+Runs whose labels are these are tested on their own test split; runs of other labels are
+validated externally, on all slides, once no patient and no slide is found to be shared.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import time
-from dataclasses import dataclass, field
+import os
+import shlex
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
-from pathcli.device import pick_device
-from pathcli.encoders.embedding import Embedder
-from pathcli.evals.mil_scores import Scores, Tested
-from pathcli.metrics.classification import threshold_at_specificity
-from pathcli.mil.bags import Bags, Cohort, look_up, make
+from pathcli.evals.mil_runs import count_reading, find_features, score_head, table_for
 from pathcli.mil.benchmarks import BENCHMARKS, Benchmark, benchmark
 from pathcli.mil.tables import read_labels
-from pathcli.mil.task import chosen, load_head, predict_bags
-from pathcli.recipe import build_part, load_recipe
+from pathcli.recipe import Recipe, load_recipe
 from pathcli.registry import did_you_mean
 from pathcli.runs import Run, find_runs, train
-from pathcli.slides.discovery import discover
 from pathcli.store import Store
-from pathcli.types import DataError, ResourceError, TileSpec, UsageError
+from pathcli.types import DataError, ResourceError, UsageError, digest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from pathcli.evals.mil_scores import Scores
     from pathcli.mil.bags import Started
-    from pathcli.mil.tables import LabelTable
-
-log = logging.getLogger("pathcli")
 
 HEADS = ("abmil", "acmil")
 SPECIFICITY = 0.9
-_TWO = 2
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was tested: heads with their scores, the slides used and missing, and warnings.
+    """What was tested: heads with their scores, and how often these test slides have been read.
 
-    `external` says that the runs were trained on other labels; `times` is how often the test
-    slides have been read with these runs, this time included.
+    `times` counts in this store, this time included; None if it could not be counted.
     """
 
     name: str
-    table: LabelTable
     benchmark: Benchmark | None
     heads: tuple[Scores, ...]
-    cohorts: tuple[Cohort, ...]
-    external: bool
-    times: int
+    times: int | None
     specificity: float
-    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, the same for all heads."""
+        return self.heads[0].cohort.table.classes
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the report should say of splits, labels and counts."""
+        return tuple(dict.fromkeys(text for scores in self.heads for text in scores.warnings))
 
 
 @dataclass(frozen=True)
@@ -68,22 +61,12 @@ class _Plan:
     """What was asked for."""
 
     name: str
-    table: LabelTable
     benchmark: Benchmark | None
     labels: Path | None
     slides: Path | None
     encoder: str | None
     settings: tuple[str, ...]
     runs: Path
-
-
-@dataclass(frozen=True)
-class _Means:
-    """What it is done with."""
-
-    store: Store
-    device: str
-    progress: Started | None
 
 
 def mil_eval(
@@ -124,189 +107,140 @@ def mil_eval(
         DataError: the table is wrong, or a patient of it was trained on.
         ResourceError: no runs or no features; the message has the command that makes them.
     """
-    known = benchmark(name, labels) if name in BENCHMARKS else None
-    table = known.need_table() if known else _own_table(name)
-    plan = _Plan(name, table, known, labels, slides, encoder, tuple(settings), runs)
-    means = _Means(store or Store(), device, progress)
-    groups = _trained(plan, means, heads, train_missing=train_missing)
-    found = [
-        _Test(plan, group, means, specificity, allow_leak=allow_leak) for group in groups.values()
-    ]
-    return Evaluation(
-        name=name,
-        table=table,
-        benchmark=known,
-        heads=tuple(Scores(label, test.tested) for label, test in zip(groups, found, strict=True)),
-        cohorts=tuple(test.cohort for test in found),
-        external=any(test.external for test in found),
-        times=max(test.times for test in found),
-        specificity=specificity,
-        warnings=tuple(dict.fromkeys(w for test in found for w in test.warnings)),
-    )
-
-
-def _trained(
-    plan: _Plan, means: _Means, heads: Sequence[str], *, train_missing: bool
-) -> dict[str, list[Run]]:
-    """Return the runs of every head, trained now where they are not there and may be."""
+    path = labels.expanduser().absolute() if labels else None
+    known = benchmark(name, path) if name in BENCHMARKS else None
+    path = path if known else _own_table(name)
+    plan = _Plan(name, known, path, slides, encoder, tuple(settings), runs)
+    kept = store or Store()
     groups = _groups(plan, heads)
-    absent = [head for head in heads if not any(run_head(g[0]) == head for g in groups.values())]
-    if not absent:
-        return groups
-    if not train_missing:
+    absent = [h for h in heads if not any(_head(group[0]) == h for group in groups.values())]
+    if absent and not train_missing:
         raise ResourceError(_how_to_train(plan, absent))
     for head in absent:
-        recipe = load_recipe(*_recipe(plan, head))
-        train(
-            recipe,
-            out=plan.runs,
-            store=means.store,
-            device=means.device,
-            progress=means.progress,
-        )
-    return _groups(plan, heads)
+        train(_recipe(plan, head), out=runs, store=kept, device=device, progress=progress)
+    judged: dict[str, Any] = {
+        "specificity": specificity,
+        "allow_leak": allow_leak,
+        "device": device,
+    }
+    tested = []
+    for label, group in (_groups(plan, heads) if absent else groups).items():
+        own = _own(group[0], plan)
+        table = table_for(group[0], path, own=own)
+        cohort = find_features(group[0], table, kept, slides, device=device, progress=progress)
+        tested.append(score_head(label, group, cohort, own=own, **judged))
+    if len({scores.cohort.table.classes for scores in tested}) > 1:
+        msg = f"the runs in {runs} have different classes; give a folder of one kind as --runs"
+        raise DataError(msg)
+    return Evaluation(name, known, tuple(tested), count_reading(kept, tested), specificity)
 
 
-def run_head(run: Run) -> str:
+def _head(run: Run) -> str:
     """Return the registered name of a run's head."""
     return str(run.recipe.values["head"]["kind"])
 
 
-def _own_table(name: str) -> LabelTable:
-    path = Path(name).expanduser()
+def _own_table(name: str) -> Path:
+    path = Path(name).expanduser().absolute()
     if not path.is_file():
         hint = did_you_mean(name, list(BENCHMARKS))
         msg = f"{name!r} is neither a benchmark nor a file with labels: {hint}"
         raise UsageError(msg)
-    return read_labels(path)
+    return path
+
+
+def _own(run: Run, plan: _Plan) -> bool:
+    """Tell whether a run was trained on these labels: the same benchmark, file or table."""
+    data = run.recipe.values["data"]
+    if plan.benchmark:
+        return bool(data["benchmark"] == plan.name)
+    if data["labels"] and Path(data["labels"]) == plan.labels:
+        return True
+    table = read_labels(plan.labels or "", classes=data["classes"], target=data["target"])
+    return bool(table.digest == run.facts["labels"]["digest"])
 
 
 def _groups(plan: _Plan, heads: Sequence[str]) -> dict[str, list[Run]]:
-    """Return the runs that fit, for each head (recipe and encoder, where there are several)."""
+    """Return the runs that fit by name of head; different settings are never pooled.
+
+    Raises:
+        DataError: there are runs, but of other classes than the table's labels.
+    """
     fit = [
         run
         for run in (find_runs(plan.runs) if plan.runs.is_dir() else [])
         if run.recipe.task == "mil"
-        and run_head(run) in heads
+        and _head(run) in heads
         and plan.encoder in {None, run.recipe.values["encoder"]["kind"]}
-        and tuple(run.facts["classes"]) == plan.table.classes
     ]
-    own = [run for run in fit if run.facts["labels"]["digest"] == plan.table.digest]
-    groups: dict[tuple[str, str, str], list[Run]] = {}
     # runs of these very labels are not mixed with those of others, and a benchmark has its own
-    for run in own if own or plan.benchmark else fit:
-        key = (run_head(run), run.recipe.name, run.facts["encoder"])
-        groups.setdefault(key, []).append(run)
-    ordered = sorted(groups, key=lambda key: (list(heads).index(key[0]), key))
-    labels = {}
-    for key in ordered:
-        alike = [other for other in ordered if other[0] == key[0]]
-        labels[key[0] if len(alike) == 1 else f"{key[0]} ({key[1]}, {key[2]})"] = groups[key]
-    return labels
+    own = [run for run in fit if _fits(run, plan) and _own(run, plan)]
+    others = [] if own or plan.benchmark else fit
+    if others and not any(_fits(run, plan) for run in others):
+        theirs = ", ".join(others[0].facts["classes"])
+        msg = (
+            f"{plan.name}: its labels are none of the classes of the runs in {plan.runs}: {theirs}"
+        )
+        raise DataError(msg)
+    groups: dict[str, list[Run]] = {}
+    for run in own or [run for run in others if _fits(run, plan)]:
+        groups.setdefault(_experiment(run), []).append(run)
+    alike = [_head(group[0]) for group in groups.values()]
+    named = {}
+    for group in groups.values():
+        head = _head(group[0])
+        where = os.path.relpath(os.path.commonpath([r.folder.parent for r in group]), plan.runs)
+        named[head if alike.count(head) == 1 else f"{head} in {where}"] = group
+    return dict(sorted(named.items(), key=lambda item: list(heads).index(_head(item[1][0]))))
 
 
-def _recipe(plan: _Plan, head: str) -> tuple[str, list[str]]:
-    """Return the recipe that trains a head for this evaluation, and its settings."""
+def _fits(run: Run, plan: _Plan) -> bool:
+    """Tell whether a table of labels can be read with a run's classes."""
+    if plan.benchmark:
+        return True
+    data = run.recipe.values["data"]
+    known = set(data["classes"] or run.facts["classes"])
+    try:
+        table = read_labels(plan.labels or "", target=data["target"])
+    except DataError:
+        return bool(data["slide_table"])  # STAMP's pair is read by the run's own section
+    return set(table.classes) <= known
+
+
+def _experiment(run: Run) -> str:
+    """Return what names a run but for its seed and learning rate."""
+    values = json.loads(json.dumps(dict(run.recipe.values)))
+    for name in ("seed", "lr"):
+        values["train"].pop(name)
+    return digest({"recipe": values, "name": run.recipe.name, "encoder": run.facts["encoder"]})
+
+
+def _recipe(plan: _Plan, head: str) -> Recipe:
+    """Return the recipe that trains a head for this evaluation, named after both."""
+    name, given = _settings(plan, head)
+    stem = plan.name if plan.benchmark else Path(plan.name).stem
+    return replace(load_recipe(name, given), name=f"{stem}-{head}")
+
+
+def _settings(plan: _Plan, head: str) -> tuple[str, list[str]]:
     shipped = head if head in HEADS else HEADS[0]
-    given = [f"data.slides={'null' if plan.slides is None else json.dumps(str(plan.slides))}"]
-    if plan.labels or not plan.benchmark:
-        given.append(f"data.labels={json.dumps(str(plan.labels or plan.name))}")
-    given += [f"head={{kind: {head}}}"] if head != shipped else []
-    given += [f"encoder={{kind: {plan.encoder}}}"] if plan.encoder else []
-    return f"{plan.name if plan.benchmark else 'mil'}-{shipped}", [*given, *plan.settings]
+    given: Mapping[str, Any] = {
+        "data.slides": None if plan.slides is None else str(plan.slides.absolute()),
+        **({"data.labels": str(plan.labels)} if plan.labels else {}),
+        **({"head": {"kind": head}} if head != shipped else {}),
+        **({"encoder": {"kind": plan.encoder}} if plan.encoder else {}),
+    }
+    name = f"{plan.name if plan.benchmark else 'mil'}-{shipped}"
+    return name, [*(f"{k}={json.dumps(v)}" for k, v in given.items()), *plan.settings]
 
 
 def _how_to_train(plan: _Plan, heads: Sequence[str]) -> str:
-    recipe, (_, *given) = _recipe(plan, heads[0])
-    sets = " ".join(f"--set '{text}'" for text in [f"data.slides={plan.slides or 'DIR'}", *given])
+    name, given = _settings(plan, heads[0])
+    slides = "null" if plan.slides is None else str(plan.slides)
+    sets = [f"data.slides={slides}", *given[1:]]
+    shown = " ".join(f"--set {shlex.quote(text)}" for text in sets)
+    note = " (null: features are in the store; else the slides' folder)" if not plan.slides else ""
     return (
         f"no finished run of {', '.join(heads)} for {plan.name} in {plan.runs}; train with: "
-        f"pathcli train --recipe {recipe} {sets} --out {plan.runs} (likewise for each head), or "
-        "add --train"
+        f"pathcli train --recipe {name} {shown} --out {plan.runs}{note}, or add --train"
     )
-
-
-class _Test:
-    """One head's runs on their test slides."""
-
-    def __init__(
-        self,
-        plan: _Plan,
-        group: Sequence[Run],
-        means: _Means,
-        specificity: float,
-        *,
-        allow_leak: bool,
-    ) -> None:
-        self.table, self.specificity, self.allow_leak = plan.table, specificity, allow_leak
-        self.device = pick_device(means.device)
-        first, table = group[0], plan.table
-        spec = TileSpec.from_json(first.facts["tiles"])
-        if plan.slides is None:
-            self.cohort = look_up(table, means.store, first.facts["encoder"], spec)
-        else:
-            encoder = build_part(first.recipe, "encoder")()
-            if encoder.id != first.facts["encoder"]:
-                msg = f"{first.folder} wants features of {first.facts['encoder']}, not {encoder.id}"
-                raise DataError(msg)
-            embedder = Embedder(encoder, means.store, device=means.device)
-            slides = discover([str(plan.slides)])
-            self.cohort = make(table, slides, embedder, spec, means.progress)
-        self.external = first.facts["labels"]["digest"] != table.digest
-        best = chosen(group)
-        self.warnings = list(dict.fromkeys(w for run in best for w in run.facts["warnings"]))
-        self.tested = tuple(self._one(run) for run in best)
-        self.times = max(_touched(run, table.digest) for run in best)
-
-    def _one(self, run: Run) -> Tested:
-        slides = self._external(run) if self.external else run.facts["split"]["test"]
-        bags = Bags(self.cohort, slides, run.facts["bag"])
-        absent = set(range(len(self.table.classes))) - set(bags.labels.tolist())
-        if absent:
-            names = ", ".join(self.table.classes[i] for i in sorted(absent))
-            msg = f"{self.table.source}: no test slide of class {names} has features"
-            raise DataError(msg)
-        head, device = load_head(run, self.device), torch.device(self.device)
-        said = [p.probabilities for p in predict_bags(head, bags, device)]
-        return Tested(
-            run=run,
-            names=tuple(bags.names),
-            patients=tuple(bags.patients),
-            labels=bags.labels,
-            chances=np.stack(said),
-            threshold=self._threshold(run),
-        )
-
-    def _external(self, run: Run) -> Sequence[str]:
-        seen = set(run.facts["patients"])
-        shared = sorted({row.case for row in self.table.rows} & seen)
-        if shared:
-            some = ", ".join(shared[:3])
-            msg = f"{len(shared)} patients of {self.table.source} were trained on ({some}, ...)"
-            if not self.allow_leak:
-                raise DataError(msg + "; leave them out, or give --allow-leak")
-            self.warnings.append(msg)
-        return [row.slide for row in self.table.rows if row.label is not None]
-
-    def _threshold(self, run: Run) -> float | None:
-        """Return the threshold that has the specificity asked for on the run's validation bags."""
-        if len(self.table.classes) != _TWO:
-            return None
-        said = run.facts["validation"]
-        labels, chances = np.array(said["labels"]), np.array(said["probabilities"])
-        return threshold_at_specificity(labels, chances[:, 1], self.specificity)
-
-
-def _touched(run: Run, table: str) -> int:
-    """Note that the test slides were read with this run; return how often they have been."""
-    path = run.folder / "tested.jsonl"
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(
-                json.dumps({"when": time.strftime("%Y-%m-%d %H:%M"), "labels": table}) + "\n"
-            )
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return sum(json.loads(line)["labels"] == table for line in lines)
-    except (OSError, ValueError) as error:
-        log.warning("%s: cannot count how often the test slides were read (%s)", path, error)
-        return 1

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
-from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pathcli.charts import Line, chart
+from pathcli.evals.mil_errors import worst_errors
 from pathcli.evals.mil_scores import compare, confusions, mean_curve, measure_all
 from pathcli.metrics.calibration import reliability
-from pathcli.mil.bags import Bags
-from pathcli.mil.heatmap import extreme_tiles, strip
-from pathcli.mil.task import load_head, predict_bags
-from pathcli.report import Picture, Section, html_page, json_text, metric, pairs, versions
-from pathcli.slides.readers import open_slide
+from pathcli.mil.tables import listed
+from pathcli.report import Section, html_page, json_text, metric, pairs, versions
+from pathcli.runs import git_commit
 from pathcli.store.files import write_bytes
-from pathcli.types import NOTICE, PathcliError, Report
+from pathcli.types import NOTICE, Report, digest
+from pathcli.weights import sha256
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pathcli.evals.mil import Evaluation
-    from pathcli.evals.mil_scores import Measured, Tested
+    from pathcli.evals.mil_scores import Measured, Scores, Tested
+    from pathcli.mil.benchmarks import Benchmark
 
-WORST = 5
-TILES = 8
 _TWO = 2
 
 
@@ -50,24 +47,28 @@ def measure_evaluation(found: Evaluation) -> Measurements:
 def mil_report(found: Evaluation, numbers: Measurements) -> Report:
     """Return metrics by `<head>.<metric>`, a row a head, and where all came from."""
     metrics = {
-        f"{head}.{name}": _metric(measured)
-        for head, of_head in numbers.heads.items()
-        for name, measured in of_head.items()
+        f"{s.name}.{name}": _metric(s, name, measured)
+        for s in found.heads
+        for name, measured in numbers.heads[s.name].items()
     }
     rows = [
-        {"head": s.name, "seeds": len(s.tested), "bags": len(s.tested[0].names)}
+        {"head": s.name, **_sizes(s)}
         | {name: _rounded(m.interval.value) for name, m in numbers.heads[s.name].items()}
         | {f"{name}_sd": _rounded(m.spread) for name, m in numbers.heads[s.name].items()}
         for s in found.heads
     ]
+    labels = found.heads[0].cohort.table
     return Report(
         title=f"{Path(found.name).name}: slide classification",
         metrics=metrics,
         rows=tuple(rows),
         provenance={
-            "labels": {"source": found.table.source, "digest": found.table.digest},
-            "classes": list(found.table.classes),
-            "external": found.external,
+            "labels": {"source": labels.source, "digest": labels.digest},
+            "classes": list(found.classes),
+            "positive_class": found.classes[1] if len(found.classes) == _TWO else None,
+            "kind": {s.name: s.kind for s in found.heads},
+            "drawn_anew": {s.name: s.unit for s in found.heads},
+            "test_slides_of_patients_learnt_from": {s.name: s.shared for s in found.heads},
             "test_slides_read_times": found.times,
             "specificity_asked": found.specificity,
             "flow": cohort_flow(found),
@@ -75,37 +76,81 @@ def mil_report(found: Evaluation, numbers: Measurements) -> Report:
                 {k: _rounded(v) if isinstance(v, float) else v for k, v in row.items()}
                 for row in numbers.pairs
             ],
-            "confusion": {s.name: confusions(s).tolist() for s in found.heads},
-            "runs": {s.name: [str(t.run.folder) for t in s.tested] for s in found.heads},
-            "features": {s.name: s.tested[0].run.facts["encoder"] for s in found.heads},
+            "confusion": {s.name: confusions(s).round(2).tolist() for s in found.heads},
+            "runs": {s.name: [_source(t) for t in s.tested] for s in found.heads},
             "warnings": list(found.warnings),
+            "git": git_commit(),
             "versions": versions(),
         },
     )
 
 
-def _metric(measured: Measured) -> dict[str, float | None]:
-    found = measured.interval
-    value, low, high = (_rounded(v) for v in (found.value, found.low, found.high))
-    return metric(value, low, high, found.n)
+def _sizes(scores: Scores) -> dict[str, Any]:
+    """Return how many seeds, bags a seed, and independent units stand behind a head's row."""
+    bags = sorted({len(t.names) for t in scores.tested})
+    sizes = {
+        "seeds": len(scores.tested),
+        "bags a seed": bags[0] if len(bags) == 1 else f"{bags[0]}-{bags[-1]}",
+        f"{scores.unit}s in all": len(set(scores.units)),
+    }
+    if scores.classes == _TWO:
+        sizes["positive, all seeds"] = int(scores.labels.sum())
+    return sizes
+
+
+def _source(tested: Tested) -> dict[str, Any]:
+    """Return what one tested run is, to find or repeat it."""
+    run = tested.run
+    return {
+        "folder": str(run.folder.absolute()),
+        "seed": run.seed,
+        "lr": run.recipe.values["train"]["lr"],
+        "epoch": run.provenance["chosen_epoch"],
+        "threshold": tested.threshold if np.isfinite(tested.threshold or 0.0) else None,
+        "weights_sha256": sha256(run.folder / "weights.safetensors"),
+        "encoder": run.facts["encoder"],
+        "tiles": run.facts["tiles_digest"],
+        "features": run.facts["features_digest"],
+        "test": digest(sorted(tested.names)),
+    }
+
+
+_OF_CLASS = {"sensitivity": 1, "specificity": 0}
+
+
+def _metric(scores: Scores, name: str, measured: Measured) -> dict[str, float | None]:
+    found, n = measured.interval, measured.interval.n
+    if name in _OF_CLASS:
+        units = zip(scores.units, scores.labels, strict=True)
+        n = len({unit for unit, label in units if label == _OF_CLASS[name]})
+    return metric(_rounded(found.value), _rounded(found.low), _rounded(found.high), n)
 
 
 def _rounded(value: float) -> float | None:
     return round(float(value), 4) if np.isfinite(value) else None
 
 
-def cohort_flow(found: Evaluation) -> dict[str, Any]:
-    """Return how many slides came in, which could not be used and why, and what was tested."""
-    missing = dict(found.cohorts[0].missing)
-    return {
-        "slides in the table": len(found.table.rows),
-        "patients": len({row.case for row in found.table.rows}),
-        "not usable": len(missing),
-        "usable": len(found.table.rows) - len(missing),
-        "tested, each seed": [len(t.names) for t in found.heads[0].tested],
-        "tested patients": len(set(found.heads[0].patients)),
-        "missing": missing,
-    }
+def cohort_flow(found: Evaluation) -> list[dict[str, Any]]:
+    """Return for each head and seed how many test slides were listed, used and lost, by class."""
+    rows: list[dict[str, Any]] = []
+    for scores in found.heads:
+        table, missing = scores.cohort.table, scores.cohort.missing
+        for t in scores.tested:
+            row = {
+                "head": scores.name,
+                "seeds": str(t.run.seed),
+                "slides in the table": len(table.rows),
+                "with features": len(table.rows) - len(missing),
+                "test slides": t.listed,
+                "tested bags": len(t.names),
+                "test slides without features": sum(t.lost.values()),
+                "of class": ", ".join(f"{c} {n}" for c, n in sorted(t.lost.items())) or "-",
+            }
+            if rows and {**rows[-1], "seeds": ""} == {**row, "seeds": ""}:
+                rows[-1]["seeds"] += f", {t.run.seed}"
+            else:
+                rows.append(row)
+    return rows
 
 
 def write_evaluation(
@@ -126,7 +171,7 @@ def write_evaluation(
 def _predictions(found: Evaluation) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
-    classes = found.table.classes
+    classes = found.classes
     header = ["head", "seed", "name", "patient", "label", *(f"p_{c}" for c in classes), "note"]
     writer.writerow(header)
     for scores in found.heads:
@@ -139,14 +184,23 @@ def _predictions(found: Evaluation) -> str:
     return text.getvalue()
 
 
+_KINDS = {
+    "own": "Test slides of the split that the runs were trained on: no run was trained or chosen "
+    "on one of them.",
+    "part": "Slides of the runs' own test split, under another table: not an external validation.",
+    "external": "External validation: no patient, name or file of these slides was learnt from.",
+}
+
+
 def _lead(found: Evaluation) -> str:
-    kind = (
-        "External validation: none of the runs was trained on these labels."
-        if found.external
-        else "Test slides that no run was trained or chosen on."
-    )
-    seen = f" These test slides have now been read {found.times} times with these runs."
-    return kind + (seen if found.times > 1 else " This is the first time they were read.")
+    shared = max(s.shared for s in found.heads)
+    kind = _KINDS[found.heads[0].kind]
+    if shared:
+        kind = f"{shared} of the test slides are of patients that were learnt from, as allowed."
+    if found.times is None:
+        return f"{kind} How often these slides were read before could not be counted."
+    first = "the first time" if found.times == 1 else f"time {found.times}"
+    return f"{kind} By this store's count it is {first} that they are read as a test."
 
 
 def _sections(
@@ -157,48 +211,82 @@ def _sections(
         *(warnings if found.warnings else []),
         _flow(found),
         _table(found, numbers),
-        *_compared(numbers),
-        *([_published(found)] if found.benchmark else []),
+        *_compared(found, numbers),
+        *([_published(found.benchmark)] if found.benchmark else []),
         _curves(found),
         _confusion(found),
-        *_worst(found),
-        Section("To repeat it", code=command, rows=pairs(_repeat(report))),
+        *worst_errors(found),
+        *_repeat(report, command),
     ]
 
 
 def _flow(found: Evaluation) -> Section:
-    flow = cohort_flow(found)
-    missing = flow.pop("missing")
-    why = Counter(missing.values())
-    rows = pairs(flow)
-    for reason, count in why.most_common():
-        names = [slide for slide, told in missing.items() if told == reason]
-        some = ", ".join(names[:10]) + (f" and {count - 10} more" if count > 10 else "")  # noqa: PLR2004
-        rows.append({"what": f"not usable: {reason}", "value": f"{count}: {some}"})
-    return Section("Slides: in, out, used", rows=rows)
+    rows = cohort_flow(found)
+    reasons: dict[str, list[str]] = {}
+    for scores in found.heads:
+        for slide, why in scores.cohort.missing.items():
+            reasons.setdefault(why, []).append(slide)
+    why = "; ".join(f"{reason}: {listed(sorted(set(s)))}" for reason, s in reasons.items())
+    return Section("Slides: in, out, used", f"Without features: {why}." if why else "", rows=rows)
+
+
+def interval_text(measured: Measured) -> str:
+    """Return a value with its interval, or a word on why there is none."""
+    found = measured.interval
+    if not np.isfinite(found.value):
+        return "not defined"
+    if not np.isfinite(found.low):
+        return f"{found.value:.3f}" + ("" if found.method == "none" else " (no interval)")
+    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def metric_rows(found: Evaluation, numbers: Measurements) -> list[dict[str, Any]]:
+    """Return a row a metric and a column a head: counts, then values with intervals."""
+    counts: dict[str, dict[str, Any]] = {}
+    for scores in found.heads:
+        for what, size in _sizes(scores).items():
+            counts.setdefault(what, {"metric": what})[scores.name] = size
+    rows = list(counts.values())
+    for name in next(iter(numbers.heads.values())):
+        rows.append({"metric": name})
+        for head, of_head in numbers.heads.items():
+            spread = of_head[name].spread
+            told = f", sd {spread:.3f}" if np.isfinite(spread) else ""
+            rows[-1][head] = interval_text(of_head[name]) + told
+    return rows
 
 
 def _table(found: Evaluation, numbers: Measurements) -> Section:
-    rows = []
-    for head, of_head in numbers.heads.items():
-        row = {"head": head}
-        for name, m in of_head.items():
-            low, high = m.interval.low, m.interval.high
-            spread = f" (sd {m.spread:.3f})" if np.isfinite(m.spread) else ""
-            row[name] = f"{m.interval.value:.3f} [{low:.3f}, {high:.3f}]{spread}"
-        rows.append(row)
-    text = (
-        "Mean over seeds, in brackets the 95 % interval (BCa bootstrap, patients drawn anew; an "
-        "exact bound where every draw agrees). sd is over seeds: training noise, "
-        + ("for all seeds share one test set. " if found.heads[0].shared else "and other splits. ")
-        + f"Sensitivity and specificity are at a threshold fixed on validation for a specificity "
-        f"of {found.specificity:g}. ECE (10 bins) is biased upwards with few slides."
+    return Section("How good", " ".join(_how_made(found)), rows=metric_rows(found, numbers))
+
+
+def _how_made(found: Evaluation) -> list[str]:
+    """Return the sentences that say what the table's numbers are."""
+    units = " and ".join(sorted({f"{s.unit}s" for s in found.heads}))
+    first = (
+        f"Mean over seeds; in brackets the 95 % interval (BCa bootstrap, {units} drawn anew; an "
+        "exact bound where every draw agrees). It holds the trained models and the splits fixed."
     )
-    return Section("How good", text, rows=rows)
+    text = [first]
+    if any(len(s.tested) > 1 for s in found.heads):
+        same = all(s.shared_test for s in found.heads)
+        why = "all share one test set" if same else "and their test sets differ"
+        text.append(f"sd is over seeds: training noise, {why}.")
+    if len(found.classes) == _TWO:
+        counts = [
+            t.run.facts["validation"]["labels"].count(0) for s in found.heads for t in s.tested
+        ]
+        few = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
+        text.append(
+            f"Sensitivity is for class {found.classes[1]}, specificity for {found.classes[0]}, at "
+            f"a threshold fixed on validation for a specificity of {found.specificity:g} (from "
+            f"{few} validation bags of {found.classes[0]})."
+        )
+    return [*text, "ECE (10 bins) is biased upwards with few slides, so it has no interval."]
 
 
-def _compared(numbers: Measurements) -> list[Section]:
-    if not numbers.pairs:
+def _compared(found: Evaluation, numbers: Measurements) -> list[Section]:
+    if len(found.heads) == 1:
         return []
     rows = [
         {
@@ -211,18 +299,20 @@ def _compared(numbers: Measurements) -> list[Section]:
         }
         for row in numbers.pairs
     ]
-    return [Section("Heads against each other", rows=rows)]
+    n = len(found.heads)
+    left = n * (n - 1) // 2 - len(rows)
+    text = f"{left} pairs were tested on different slides and are not compared." if left else ""
+    return [Section("Heads against each other", text, rows=rows)]
 
 
-def _published(found: Evaluation) -> Section:
-    assert found.benchmark is not None  # noqa: S101 - the caller asked
+def _published(known: Benchmark) -> Section:
     rows = [
         {"head": p.head, "encoder": p.encoder, "metric": p.metric, "value": p.value}
         | {"sd": "" if p.sd is None else p.sd, "source": p.source}
-        for p in found.benchmark.published
+        for p in known.published
     ]
     text = "Other encoders, other code, the splits their authors drew: a scale, not a contest. "
-    return Section("Published numbers", text + " ".join(found.benchmark.metrics), rows=rows)
+    return Section("Published numbers", text + "; ".join(known.metrics), rows=rows)
 
 
 def _curves(found: Evaluation) -> Section:
@@ -234,8 +324,8 @@ def _curves(found: Evaluation) -> Section:
         calibration.append(line)
     return Section(
         "Curves",
-        "ROC: mean over seeds, band 95 % of curves with patients drawn anew. Calibration: how "
-        "often the predicted class was right, by how probable it was said to be.",
+        "ROC: mean over seeds, band 95 % of curves drawn anew likewise. Calibration, all seeds: "
+        "how often the predicted class was right, by how probable it was said to be.",
         charts=[
             chart(roc, x="1 - specificity", y="sensitivity", unit=True, diagonal=True),
             chart(calibration, x="said probability", y="share right", unit=True, diagonal=True),
@@ -246,73 +336,27 @@ def _curves(found: Evaluation) -> Section:
 def _confusion(found: Evaluation) -> Section:
     rows = []
     for scores in found.heads:
-        for name, counts in zip(found.table.classes, confusions(scores), strict=True):
-            said = {f"said {c}": int(k) for c, k in zip(found.table.classes, counts, strict=True)}
+        for name, counts in zip(found.classes, confusions(scores), strict=True):
+            said = {
+                f"said {c}": f"{k:g}" for c, k in zip(found.classes, counts.round(1), strict=True)
+            }
             rows.append({"head": scores.name, "truth": name} | said)
-    return Section("Confusion", "Summed over seeds; the most probable class is said.", rows=rows)
+    return Section(
+        "Confusion", "Bags, mean of the seeds; the most probable class is said.", rows=rows
+    )
 
 
-def _repeat(report: Report) -> dict[str, Any]:
+def _repeat(report: Report, command: str) -> list[Section]:
     known: dict[str, Any] = dict(report.provenance)
-    facts = {f"features of {head}": text for head, text in known["features"].items()}
-    runs = {f"runs of {head}": ", ".join(folders) for head, folders in known["runs"].items()}
-    return {"labels": known["labels"]["digest"], **facts, **runs, **known["versions"]}
-
-
-# --- the worst errors --------------------------------------------------------------------
-
-
-def _worst(found: Evaluation) -> list[Section]:
-    """Return the most confident errors of each head's first seed, with what it looked at."""
-    sections = []
-    for scores, cohort in zip(found.heads, found.cohorts, strict=True):
-        first = scores.tested[0]
-        own = first.chances[np.arange(len(first.labels)), first.labels]
-        wrong = [i for i in np.argsort(own) if first.chances[i].argmax() != first.labels[i]]
-        if not wrong:
-            continue
-        bags = Bags(cohort, _slides_of(cohort, first), first.run.facts["bag"])
-        shown = [_error(found, first, bags, i) for i in wrong[:WORST]]
-        title = f"Worst errors of {scores.name}, seed {first.run.seed} ({len(wrong)} in all)"
-        pictures = [picture for _, picture in shown if picture]
-        sections.append(Section(title, rows=[row for row, _ in shown], pictures=pictures))
-    return sections
-
-
-def _slides_of(cohort: Any, tested: Tested) -> list[str]:  # noqa: ANN401 - a Cohort
-    wanted = set(tested.names)
-    return [r.slide for r in cohort.table.rows if r.slide in wanted or r.case in wanted]
-
-
-def _error(
-    found: Evaluation, tested: Tested, bags: Bags, i: int
-) -> tuple[dict[str, Any], Picture | None]:
-    name, classes = tested.names[i], found.table.classes
-    said = int(tested.chances[i].argmax())
-    row = {
-        "bag": name,
-        "truth": classes[int(tested.labels[i])],
-        "said": f"{classes[said]} ({tested.chances[i][said]:.2f})",
-    }
-    try:
-        picture = Picture(_attended(tested, bags, name), f"{name}: most attended tiles", strip=True)
-    except PathcliError as error:
-        return row | {"tiles": f"not shown: {error}"}, None
-    return row | {"tiles": "below"}, picture
-
-
-def _attended(tested: Tested, bags: Bags, name: str) -> Any:  # noqa: ANN401 - a picture
-    """Return the most attended tiles of the first slide of a bag, read where it was last seen."""
-    import torch  # noqa: PLC0415
-
-    bag = bags[bags.names.index(name)]
-    head = load_head(tested.run)
-    said = next(predict_bags(head, [bag], torch.device("cpu")))
-    store, key = bags.source(bag.slides[0])
-    card = store.slides()[key.item]
-    entry = store.tiles[replace(key, encoder=None)]
-    tiles = replace(entry, status=store.features.mapped(key).status)
-    with closing(open_slide(Path(card["last_seen"]))) as slide:
-        mine = said.attention[bag.slide_of == 0]
-        most, _ = extreme_tiles(slide, tiles, mine, TILES)
-        return strip([tile.pixels for tile in most], TILES)
+    runs = [
+        {"head": head, "run": run["folder"], "weights": run["weights_sha256"][:12]}
+        | {name: run[name] for name in ("lr", "epoch", "threshold", "test")}
+        for head, runs in known["runs"].items()
+        for run in runs
+    ]
+    facts = {"labels": known["labels"]["digest"], "git": known["git"], **known["versions"]}
+    features = {f"features of {head}": runs[0]["encoder"] for head, runs in known["runs"].items()}
+    return [
+        Section("To repeat it", code=command, rows=pairs(facts | features)),
+        Section("The runs", "All digests are in report.json.", rows=runs),
+    ]

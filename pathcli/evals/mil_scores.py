@@ -2,13 +2,14 @@
 
 Every seed has its own test rows (the same ones where the split is official). A metric is
 taken on each seed's rows and averaged over seeds; its interval comes from drawing patients
-anew, for all seeds together, so a patient tested five times still counts as one.
+(or sites, where splits kept sites whole) anew, for all seeds together, so a patient tested
+five times still counts as one. The trained models are held fixed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pathcli.metrics.classification import Metric
+    from pathcli.mil.bags import Cohort
     from pathcli.runs import Run
 
     Floats = NDArray[np.float64]
@@ -47,31 +49,51 @@ REPLICATES = 2000
 GRID = np.linspace(0, 1, 101)
 _TWO = 2
 
+BARE = ("ece",)
+"""Metrics stated without interval: the bias of ECE moves its bootstrap off the value itself."""
+
 Measure = Callable[["Ints", "Floats", int], float]
 """Labels [n], probabilities [n, c] and the run's index in, a number out."""
 
 
 @dataclass(frozen=True)
 class Tested:
-    """One run on its test bags: names, patients, labels [n], probabilities [n, c].
+    """One run on its test bags: names, patients, sites, labels [n], probabilities [n, c].
 
-    `threshold` was fixed on validation, None where there are more than two classes.
+    `threshold` was fixed on validation, None where there are more than two classes. Of
+    `listed` test slides those in `lost` (a count by class) have no features.
     """
 
     run: Run
     names: tuple[str, ...]
     patients: tuple[str, ...]
+    sites: tuple[str | None, ...]
     labels: Ints
     chances: Floats
     threshold: float | None
+    listed: int
+    lost: Mapping[str, int]
+
+    def units(self, unit: str) -> list[str]:
+        """Return patient or site of each row."""
+        return [str(site) for site in self.sites] if unit == "site" else list(self.patients)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """All seeds of one head, as one table of rows."""
+    """All seeds of one head, as one table of rows.
+
+    `kind` says what the test is to the runs (own, part, external), `unit` what is drawn anew
+    for intervals, and `shared` how many test slides are of patients that were learnt from.
+    """
 
     name: str
     tested: tuple[Tested, ...]
+    cohort: Cohort
+    kind: str = "own"
+    unit: str = "patient"
+    shared: int = 0
+    warnings: tuple[str, ...] = ()
 
     @cached_property
     def run_of(self) -> Ints:
@@ -99,17 +121,25 @@ class Scores:
         return [patient for t in self.tested for patient in t.patients]
 
     @property
+    def units(self) -> list[str]:
+        """What is drawn anew, of each row: its patient, or its site."""
+        return [unit for t in self.tested for unit in t.units(self.unit)]
+
+    @property
     def classes(self) -> int:
         """Number of classes."""
         return int(self.chances.shape[1])
 
     @property
-    def shared(self) -> bool:
+    def shared_test(self) -> bool:
         """Tell whether all seeds were tested on the same bags."""
         return len({t.names for t in self.tested}) == 1
 
     def over_seeds(self, measure: Measure) -> Callable[[NDArray[np.intp]], float]:
-        """Return the mean of `measure` over seeds as a function of row indices."""
+        """Return the mean of `measure` over seeds as a function of row indices.
+
+        A seed for which a draw of patients leaves it undefined is left out of that draw's mean.
+        """
 
         def statistic(rows: NDArray[np.intp]) -> float:
             runs = self.run_of[rows]
@@ -117,15 +147,18 @@ class Scores:
             for i in range(len(self.tested)):
                 mine = rows[runs == i]
                 values.append(measure(self.labels[mine], self.chances[mine], i))
-            return float(np.mean(values))
+            defined = [value for value in values if not np.isnan(value)]
+            return float(np.mean(defined)) if defined else float("nan")
 
         return statistic
 
     def interval(self, measure: Measure, replicates: int = REPLICATES) -> Interval:
-        """Return the mean over seeds with its BCa interval over patients."""
+        """Return the mean over seeds with its BCa interval; undefined if it is for a seed."""
+        if np.isnan(self.by_seed(measure)).any():
+            return _bare(float("nan"), self)
         return bootstrap(
             self.over_seeds(measure),
-            self.patients,
+            self.units,
             strata=self.labels.tolist(),
             replicates=replicates,
         )
@@ -134,10 +167,10 @@ class Scores:
         """Return `measure` of each seed."""
         return [measure(t.labels, t.chances, i) for i, t in enumerate(self.tested)]
 
-    def averaged(self) -> Floats:
-        """Return the probabilities of the shared test bags, averaged over seeds, [n, c]."""
+    def averaged(self) -> Scores:
+        """Return the shared test bags with probabilities averaged over seeds, as one run."""
         mean: Floats = np.mean([t.chances for t in self.tested], axis=0)
-        return mean
+        return replace(self, tested=(replace(self.tested[0], chances=mean, threshold=None),))
 
 
 def measures(scores: Scores) -> dict[str, Measure]:
@@ -182,18 +215,26 @@ class Measured:
 
 def measure_all(scores: Scores, replicates: int = REPLICATES) -> dict[str, Measured]:
     """Return every metric of a head."""
-    return {
-        name: Measured(scores.interval(measure, replicates), tuple(scores.by_seed(measure)))
-        for name, measure in measures(scores).items()
-    }
+    found = {}
+    for name, measure in measures(scores).items():
+        seeds = tuple(scores.by_seed(measure))
+        bare = _bare(float(np.mean(seeds)), scores)
+        found[name] = Measured(
+            bare if name in BARE else scores.interval(measure, replicates), seeds
+        )
+    return found
+
+
+def _bare(value: float, scores: Scores) -> Interval:
+    return Interval(value, float("nan"), float("nan"), len(set(scores.units)), method="none")
 
 
 def compare(heads: Sequence[Scores], replicates: int = REPLICATES) -> list[dict[str, Any]]:
     """Return the AUROC difference of each pair of heads, with p values corrected by Holm.
 
-    DeLong's test on the seed-averaged score where there are two classes, one shared test set
-    and one row a patient; else a paired bootstrap over patients. Heads tested on different
-    rows are not compared.
+    DeLong's test where there are two classes, one shared test set and one row a patient: it
+    compares the seed-averaged scores, and so do the difference and interval beside it. Else a
+    paired bootstrap of the mean over seeds. Heads tested on different rows are not compared.
     """
     found = [_compare_two(a, b, replicates) for a, b in combinations(heads, 2) if a.rows == b.rows]
     adjusted = holm([row["p"] for row in found])
@@ -201,33 +242,35 @@ def compare(heads: Sequence[Scores], replicates: int = REPLICATES) -> list[dict[
 
 
 def _compare_two(a: Scores, b: Scores, replicates: int) -> dict[str, Any]:
+    one_each = len(set(a.tested[0].units(a.unit))) == len(a.tested[0].names)
+    if a.shared_test and a.classes == _TWO and one_each:
+        a, b = a.averaged(), b.averaged()
+        p: float | None = delong_test(a.labels, a.chances[:, 1], b.chances[:, 1])
+        test = "DeLong, seed-averaged score"
+    else:
+        p, test = None, f"paired bootstrap over {a.unit}s, mean over seeds"
     auroc = _of_any_run(macro_auroc)
-    first = a.tested[0]
-    difference, p = paired_bootstrap(
+    difference, by_bootstrap = paired_bootstrap(
         a.over_seeds(auroc),
         b.over_seeds(auroc),
-        a.patients,
+        a.units,
         strata=a.labels.tolist(),
         replicates=replicates,
     )
-    test = "paired bootstrap over patients"
-    single = len(set(first.patients)) == len(first.patients)
-    if a.shared and a.classes == _TWO and single:
-        p = delong_test(first.labels, a.averaged()[:, 1], b.averaged()[:, 1])
-        test = "DeLong, seed-averaged score"
     return {
         "heads": f"{a.name} - {b.name}",
         "auroc_difference": difference.value,
         "low": difference.low,
         "high": difference.high,
         "test": test,
-        "p": p,
+        "p": by_bootstrap if p is None else p,
     }
 
 
-def confusions(scores: Scores) -> Ints:
-    """Return the confusion matrix [true, predicted], summed over seeds."""
-    return confusion(scores.labels, scores.chances.argmax(1), scores.classes)
+def confusions(scores: Scores) -> Floats:
+    """Return the confusion matrix [true, predicted], mean over seeds."""
+    summed = confusion(scores.labels, scores.chances.argmax(1), scores.classes)
+    return summed / len(scores.tested)
 
 
 def mean_curve(
@@ -236,18 +279,18 @@ def mean_curve(
     """Return the mean ROC curve over seeds (and classes) with a pointwise 95 % band.
 
     Sensitivity is read at 101 false positive rates; the band is the percentiles of curves of
-    patients drawn anew.
+    patients (or sites) drawn anew.
     """
     rng = np.random.default_rng(seed)
-    patients = np.array(scores.patients)
-    names, where = np.unique(patients, return_inverse=True)
+    units = np.array(scores.units)
+    names, where = np.unique(units, return_inverse=True)
     members = [np.flatnonzero(where == i) for i in range(len(names))]
     drawn = []
     for _ in range(replicates):
         rows = np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))])
         drawn.append(_curve(scores, rows))
     low, high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
-    middle = _curve(scores, np.arange(len(patients)))
+    middle = _curve(scores, np.arange(len(units)))
     return {"x": GRID.tolist(), "y": middle.tolist(), "low": low.tolist(), "high": high.tolist()}
 
 

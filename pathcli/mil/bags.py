@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -14,7 +15,7 @@ import numpy as np
 from pathcli.encoders.embedding import Embedder
 from pathcli.mil.benchmarks import benchmark
 from pathcli.mil.splits import Split, check_leaks, k_fold, monte_carlo, official, read_split
-from pathcli.mil.tables import LabelTable, Row, read_labels
+from pathcli.mil.tables import LabelTable, Row, counted, read_labels
 from pathcli.slides.discovery import discover
 from pathcli.store.store import item_name
 from pathcli.types import Bag, DataError, Progress, ResourceError, TileStatus, UsageError
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
     from pathcli.slides.discovery import Found
     from pathcli.store import Store
-    from pathcli.types import Encoder, Features, Key, TileSpec
+    from pathcli.types import Encoder, Key, TileSpec
+
+_OPEN = 128  # bags mapped at a time, each an open file
 
 Started = Callable[[str], Progress]
 """Called with the name of a part of the work; gives that part's progress callback."""
@@ -64,7 +67,8 @@ class BagData:
                 its organisers alone may give it out.
             target: the label's column, when the table is a clinical one of STAMP's form.
             slide_table: STAMP's table of slides and patients.
-            classes: labels as the table has them -> names of classes, in order.
+            classes: labels as the table has them -> names of classes, in rising order: of two
+                classes the last is the positive one (default: natural order of the labels).
             splits: a split file, or a folder with one file a seed.
             split: how to split without files (default: official for a benchmark, else
                 monte-carlo). With k-fold, seed s is fold s of one partition.
@@ -102,7 +106,28 @@ class BagData:
                     slides=self.slide_table,
                     target=self.target,
                 )
+            self._refuse_unordered(self._table)
         return self._table
+
+    def _refuse_unordered(self, table: LabelTable) -> None:
+        """Refuse a patient of two labels whose order nobody gave: the higher one would count.
+
+        Raises:
+            DataError: bags are patients, and the classes are in alphabetical order.
+        """
+        if self.bag != "patient" or self.classes or self.benchmark:
+            return
+        labels: dict[str, set[str | None]] = {}
+        for row in table.rows:
+            labels.setdefault(row.case, set()).add(row.label)
+        mixed = [case for case, found in labels.items() if len(found) > 1]
+        if mixed:
+            msg = (
+                f"{table.source}: {counted('patients have slides of different labels', mixed)[0]}; "
+                "a patient has the highest label of its slides: give data.classes in rising order, "
+                f"--set 'data.classes={{{', '.join(f'{c}: {c}' for c in table.classes)}}}'"
+            )
+            raise DataError(msg)
 
     def partition(self, seed: int) -> Split:
         """Return train, val and test slides of one seed, with its warnings.
@@ -117,7 +142,8 @@ class BagData:
 
     def _split(self, seed: int) -> Split:
         if self.splits is not None:
-            return read_split(_one_of(self.splits, seed), self.table)
+            path = _one_of(self.splits, seed)
+            return read_split(path, self.table, fold=seed - 1, seed=seed, val=self.val)
         if self.split == "official":
             return official(self.table, seed=seed, val=self.val)
         if self.split == "k-fold":
@@ -137,6 +163,9 @@ class BagData:
         """Return which slides of the table have features, making them where slides are given."""
         if self.slides is None:
             return look_up(self.table, store, encoder.id, spec)
+        if "://" not in str(self.slides) and not self.slides.exists():
+            msg = f"data.slides: {self.slides}: no such folder or list"
+            raise ResourceError(msg)
         return make(
             self.table,
             discover([str(self.slides)]),
@@ -171,19 +200,6 @@ class Cohort:
     keys: Mapping[str, Key]
     missing: Mapping[str, str]
 
-    @property
-    def dim(self) -> int:
-        """Length of a feature vector.
-
-        Raises:
-            DataError: the features are tokens, which no head here reads.
-        """
-        shape, _ = self.store.features.shape(next(iter(self.keys.values())))
-        if len(shape) != 1:
-            msg = f"MIL heads read one vector per tile, these features are tokens {shape}"
-            raise DataError(msg)
-        return shape[0]
-
 
 def look_up(table: LabelTable, store: Store, encoder: str, spec: TileSpec) -> Cohort:
     """Find the table's slides in the store by name.
@@ -195,15 +211,24 @@ def look_up(table: LabelTable, store: Store, encoder: str, spec: TileSpec) -> Co
     for key in store.features.having(encoder, spec.digest):
         having.setdefault(key.item.rpartition("-")[0], []).append(key)
     keys, missing = {}, {}
+    names = {row.slide: item_name(row.slide, "").removesuffix("-") for row in table.rows}
+    alike = Counter(names.values())
     for row in table.rows:
-        found = having.get(item_name(row.slide, "").removesuffix("-"), [])
-        if len(found) == 1:
+        found = having.get(names[row.slide], [])
+        if found and alike[names[row.slide]] > 1:
+            told = f"{alike[names[row.slide]]} slides of the table have this name in the store"
+            missing[row.slide] = f"{told} ({names[row.slide]})"
+        elif len(found) == 1:
             keys[row.slide] = found[0]
         elif found:
             items = ", ".join(key.stem for key in found[:3])
             missing[row.slide] = f"{len(found)} slides of this name are in the store ({items})"
         else:
             missing[row.slide] = "no features in the store"
+    doubtful = [why for why in missing.values() if why != "no features in the store"]
+    if not keys and doubtful:
+        msg = f"none of the slides of {table.source} can be used; {doubtful[0]}; name the slides"
+        raise ResourceError(msg)
     if not keys:
         msg = (
             f"none of the {len(table.rows)} slides of {table.source} has features of {encoder} "
@@ -225,11 +250,15 @@ def make(
     """Embed the table's slides, or find them done; what fails is missing, and named.
 
     Raises:
-        ResourceError: the weights or the device are not here, or no slide can be used.
+        DataError: there are no slides in the folder.
+        ResourceError: the folder, the weights or the device are not here, or no slide can be used.
     """
     files: dict[str, list[Found]] = {}
     if len(found) == 1:
-        found[0].checked()
+        path = found[0].checked().path
+        if isinstance(path, Path) and not path.exists():
+            msg = f"{path}: no such folder or list; name the folder of the slides"
+            raise ResourceError(msg)
     for slide in found:
         files.setdefault(PurePath(str(slide.path)).stem, []).append(slide)
     keys: dict[str, Key] = {}
@@ -272,7 +301,7 @@ class Bags(Sequence[Bag]):
                 row = rows[slide]
                 groups.setdefault(row.case if kind == "patient" else slide, []).append(row)
         self._groups, self._cohort = list(groups.items()), cohort
-        self._open: dict[str, Features] = {}
+        self._entry = lru_cache(maxsize=_OPEN)(cohort.store.features.mapped)
 
     def __len__(self) -> int:
         """Return the number of bags."""
@@ -292,6 +321,25 @@ class Bags(Sequence[Bag]):
     def patients(self) -> list[str]:
         """Patient of each bag."""
         return [rows[0].case for _, rows in self._groups]
+
+    @property
+    def sites(self) -> list[str | None]:
+        """Site of each bag, None where the table has none."""
+        return [rows[0].site for _, rows in self._groups]
+
+    @property
+    def dim(self) -> int:
+        """Length of a feature vector, read from the first bag alone.
+
+        Raises:
+            DataError: the features are tokens, which no head here reads.
+        """
+        store, key = self.source(self._groups[0][1][0].slide)
+        shape, _ = store.features.shape(key)
+        if len(shape) != 1:
+            msg = f"MIL heads read one vector per tile, these features are tokens {shape}"
+            raise DataError(msg)
+        return shape[0]
 
     def source(self, slide: str) -> tuple[Store, Key]:
         """Return the store and the key of a slide's features."""
@@ -324,8 +372,6 @@ class Bags(Sequence[Bag]):
         )
 
     def _features(self, slide: str) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
-        if slide not in self._open:
-            self._open[slide] = self._cohort.store.features.mapped(self._cohort.keys[slide])
-        entry = self._open[slide]
+        entry = self._entry(self._cohort.keys[slide])
         good = entry.status == TileStatus.OK
         return (entry.values, entry.xy) if good.all() else (entry.values[good], entry.xy[good])

@@ -15,15 +15,17 @@ import torch
 from pathcli.device import pick_device
 from pathcli.encoders.embedding import Embedder
 from pathcli.metrics.froc import auc_in_lesion, froc
+from pathcli.metrics.statistics import bootstrap
 from pathcli.mil.heatmap import draw_heatmap, extreme_tiles, strip, write_attention_geojson
 from pathcli.mil.lesions import detections, evaluation_lesions, inside
 from pathcli.mil.task import load_head, predict_bags
 from pathcli.recipe import build_part
+from pathcli.runs import read_run
 from pathcli.slides.annotations import read_lesions
 from pathcli.slides.overlay import save_png
 from pathcli.slides.readers import open_slide
 from pathcli.store import Store
-from pathcli.store.files import write_bytes
+from pathcli.store.files import disk_errors, write_bytes
 from pathcli.types import NOTICE, Bag, DataError, TileSpec, TileStatus
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pathcli.metrics.froc import Detections, Froc
+    from pathcli.metrics.froc import Detections
+    from pathcli.metrics.statistics import Interval
     from pathcli.runs import Run
     from pathcli.types import Encoder, Features, Progress, Slide, Tiles
 
@@ -134,31 +137,38 @@ class Predictor:
             prediction=max(chances, key=lambda name: chances[name]),
             probabilities=chances,
             files=files,
-            warnings=(*made.warnings, *self._scope()),
+            warnings=(*made.warnings, *self._scope(lesions)),
         )
         if lesions is None:
             return shown
-        positive = 1 - float(said.probabilities[0])
+        positive = 1 - float(said.probabilities[0])  # the first class has no lesion
         return replace(
             shown,
             attention_in_lesion=_in_lesion(tiles, said.attention, lesions),
             candidates=_candidates(tiles, said.attention * positive, lesions),
         )
 
-    def _scope(self) -> list[str]:
+    def _scope(self, lesions: list[Any] | None) -> list[str]:
+        scope = []
         if self.run.facts["bag"] == "patient":
-            return ["the run was trained on patients with all their slides; here a slide is alone"]
-        return []
+            scope += [
+                "the run was trained on patients with all their slides; here a slide is alone"
+            ]
+        if lesions == []:
+            scope += [
+                f"no lesion is known in {self.lesions}: FROC counts the slide as free of them"
+            ]
+        return scope
 
     def _lesions(self, path: Path | str, slide: Slide) -> list[Any] | None:
         """Return the slide's lesions in level-0 px, an empty list for a slide without a file."""
         if self.lesions is None:
             return None
+        # the annotations' own form says whether they count from the bounds
         for suffix in (".xml", ".json", ".geojson"):
             file = self.lesions / f"{Path(str(path)).stem}{suffix}"
             if file.is_file():
-                bounds = slide.info.bounds if suffix == ".geojson" else (0, 0, 0, 0)
-                return read_lesions(file, bounds)
+                return read_lesions(file, slide.info.bounds)
         return []
 
     def _draw(
@@ -178,6 +188,27 @@ class Predictor:
         ]
         save_png(files["tiles"], _stack(rows))
         return {kind: str(path) for kind, path in files.items()}
+
+
+def predict(
+    run: Run | Path,
+    path: Path | str,
+    *,
+    store: Store | None = None,
+    device: str = "auto",
+    out: Path = Path("pathcli-out"),
+    lesions: Path | None = None,
+    progress: Progress | None = None,
+) -> Predicted:
+    """Predict one slide with a finished run; for several slides keep one `Predictor`.
+
+    Raises:
+        DataError: not a slide, no tile on tissue, or another encoder than the run's.
+        ResourceError: no run, no weights, no space.
+    """
+    known = read_run(run) if isinstance(run, Path) else run
+    ready = Predictor(known, store, device=device, out=out, lesions=lesions)
+    return ready(path, progress=progress)
 
 
 def _bag(features: Features) -> Bag:
@@ -211,21 +242,37 @@ def _candidates(tiles: Tiles, score: NDArray[np.float32], lesions: list[Any]) ->
     return detections(tiles, score * len(score), merged, ignored)
 
 
-def lesion_metrics(results: Sequence[Predicted]) -> tuple[float | None, Froc | None]:
-    """Return the mean attention-in-lesion AUROC over slides, and FROC over all of them."""
+def lesion_metrics(results: Sequence[Predicted]) -> dict[str, Interval]:
+    """Return attention-in-lesion AUROC (mean of slides with lesions) and the FROC score.
+
+    Intervals are bootstrapped over slides; a metric that no slide defines is left out.
+    """
     areas = [r.attention_in_lesion for r in results if r.attention_in_lesion is not None]
     found = [r.candidates for r in results if r.candidates is not None]
-    curve = froc(found) if any(d.lesions for d in found) else None
-    return (float(np.mean(areas)) if areas else None), curve
+    metrics = {}
+    if areas:
+        values = np.array(areas)
+        metrics["attention_in_lesion_auroc"] = bootstrap(
+            lambda rows: float(values[rows].mean()), range(len(areas))
+        )
+    if any(slide.lesions > len(slide.ignored) for slide in found):
+        metrics["froc"] = bootstrap(
+            lambda rows: froc([found[i] for i in rows]).score,
+            range(len(found)),
+            strata=[int(slide.lesions > 0) for slide in found],
+        )
+    return metrics
 
 
 def write_predictions(path: Path, results: Sequence[Predicted]) -> None:
-    """Write `predictions.csv`: a row a slide, a probability a class.
+    """Write `predictions.csv`: a row a slide, a probability a class; without any, remove it.
 
     Raises:
         ResourceError: the disk is full, or the folder may not be written.
     """
     if not results:
+        with disk_errors(path, "--out"):
+            path.unlink(missing_ok=True)  # of an earlier run
         return
     text = io.StringIO()
     writer = csv.writer(text)

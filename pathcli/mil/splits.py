@@ -230,7 +230,7 @@ def _guarded(
                 patients = len({row.case for row in table.rows if row.label == label})
                 msg = (
                     f"{table.source}: {name}: no slide of class {label!r} in {part}; it has "
-                    f"{patients} patients in all: merge classes, or split otherwise"
+                    f"{patients} patients in all: merge classes, or change val, test or folds"
                 )
                 raise DataError(msg)
     return split
@@ -257,7 +257,7 @@ def check_leaks(
         leak = sorted(test & (train | val), key=natural)
         told = counted(f"{kind}s in test and in train or val", leak)
         if leak and not allow:
-            msg = f"{split.name}: {told[0]}; mend the split, or accept it with --allow-leak"
+            msg = f"{split.name}: {told[0]}; mend the split, or accept it: data.allow_leak=true"
             raise DataError(msg)
         shared = sorted(train & val, key=natural)
         warnings += (*told, *counted(f"{kind}s in both train and val", shared))
@@ -275,7 +275,8 @@ def read_split(
     Known forms: CLAM's `splits_<i>.csv` (columns train, val, test of slide ids) and
     `splits_<i>_bool.csv`, TransMIL's fold (the same with columns of labels between), ACMIL's
     JSON (`train_names`, `val_names`, `test_names`), STAMP's `splits.json` (`splits`, each with
-    `train_patients` and `test_patients`), of which `fold` picks one, from 0.
+    `train_patients` and `test_patients`), of which `fold` picks one, from 0; a file with one
+    split gives it whatever `fold` is.
     Where the file has no validation slides, `val` of its training patients are drawn by `seed`.
 
     Raises:
@@ -286,6 +287,7 @@ def read_split(
     _check(seed, val)
     path = Path(path)
     folds = _json_folds(path, table) if path.suffix.lower() == ".json" else [_sheet_fold(path)]
+    fold = 0 if len(folds) == 1 else fold
     if not 0 <= fold < len(folds):
         msg = f"{path}: fold {fold} was asked for, the file has {len(folds)}, counted from 0"
         raise UsageError(msg)

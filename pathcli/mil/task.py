@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from pathcli.types import Encoder, Head
 
 
+_WIDE = 1536
+_IDENTITY = ("classes", "split", "bag", "encoder", "tiles_digest", "features_digest")
+
+
 class Classifier(torch.nn.Module):
     """A head as the trainer sees it: bags in, loss out."""
 
@@ -88,7 +92,12 @@ class MilTask:
         train: TrainSettings,
         tiles: Annotated[TileSpec | None, tile_spec] = None,
     ) -> None:
-        """Keep the parts; nothing is read before `prepare`."""
+        """Keep the parts; nothing is read before `prepare`.
+
+        Raises:
+            UsageError: an argument of the head is out of its range.
+        """
+        head(_WIDE, 2)  # a trial, so that a wrong argument shows before features are made
         self.encoder, self.head, self.data, self.train = encoder, head, data, train
         self.spec = tiles or encoder.native
         self._cohort: Cohort | None = None
@@ -126,27 +135,34 @@ class MilTask:
             absent = [name for i, name in enumerate(classes) if i not in set(bags.labels.tolist())]
             if absent:
                 msg = f"seed {seed}: no {part} slide of class {', '.join(absent)} can be used"
-                raise DataError(msg)
-        module = Classifier(self.head(self.cohort.dim, len(classes)))
+                raise DataError(msg + self._why())
+        module = Classifier(self.head(learn.dim, len(classes)))
         facts = self._facts(learn, check, split)
         return Work(
             module,
             learn,
             lambda: validate(module, check),
+            identity=digest([facts["labels"]["digest"], *(facts[name] for name in _IDENTITY)]),
             facts=facts,
             conclude=lambda: {"validation": _said(module, check)},
         )
 
+    def _why(self) -> str:
+        rows, missing = self.cohort.table.rows, self.cohort.missing
+        some = next((f", {slide}: {why}" for slide, why in missing.items()), "")
+        return f"; of {len(rows)} slides {len(missing)} are missing{some}"
+
     def _facts(self, learn: Bags, check: Bags, split: Split) -> dict[str, Any]:
         table, keys = self.cohort.table, self.cohort.keys
+        used = {s: asdict(keys[s]) for s in (*split.train, *split.val) if s in keys}
         return {
             "classes": list(table.classes),
-            "dim": self.cohort.dim,
+            "dim": learn.dim,
             "encoder": self.encoder.id,
             "tiles": self.spec.to_json(),
             "tiles_digest": self.spec.digest,
             "labels": {"source": table.source, "digest": table.digest},
-            "features_digest": digest({slide: asdict(key) for slide, key in keys.items()}),
+            "features_digest": digest(used),
             "store": {slide: key.stem for slide, key in keys.items()},
             "missing": dict(self.cohort.missing),
             "warnings": [*table.warnings, *split.warnings],
@@ -161,7 +177,7 @@ class MilTask:
 def _said(module: Classifier, bags: Bags) -> dict[str, Any]:
     """Return labels and probabilities of the validation bags, on which thresholds are fixed."""
     chances = [p.probabilities for p in predict_bags(module.head, bags, module.device)]
-    return {"labels": bags.labels.tolist(), "probabilities": np.round(chances, 6).tolist()}
+    return {"labels": bags.labels.tolist(), "probabilities": np.stack(chances).tolist()}
 
 
 def validate(module: Classifier, bags: Bags) -> dict[str, float]:

@@ -45,6 +45,9 @@ def disk_errors(path: Path, option: str = "--store") -> Iterator[None]:
         if error.errno in _CLOSED or "Permission denied" in str(error):
             msg = f"{path}: no permission to write; give another folder with {option}"
             raise ResourceError(msg) from error
+        if isinstance(error, FileNotFoundError):  # a file system that makes no folders, as /proc
+            msg = f"{path}: cannot be made there; give another folder with {option}"
+            raise ResourceError(msg) from error
         if isinstance(error, FileExistsError | NotADirectoryError):
             msg = f"{path}: a file is where a folder is needed; give another folder"
             raise UsageError(msg) from error

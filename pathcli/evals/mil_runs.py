@@ -1,0 +1,201 @@
+"""The runs of one head in, their predictions on test slides out; and what makes them a test.
+
+`own`: the labels the runs were trained on, their test split. `part`: another table, of
+slides of that test split. `external`: slides and patients the runs have never seen.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from pathcli.device import pick_device
+from pathcli.encoders.embedding import Embedder
+from pathcli.evals.mil_scores import Scores, Tested
+from pathcli.metrics.classification import threshold_at_specificity
+from pathcli.mil.bags import BagData, Bags, Cohort, look_up, make
+from pathcli.mil.tables import LabelTable, listed, read_labels
+from pathcli.mil.task import chosen, load_head, predict_bags
+from pathcli.recipe import build_part
+from pathcli.slides.discovery import discover
+from pathcli.types import DataError, TileSpec, digest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from pathcli.mil.bags import Started
+    from pathcli.runs import Run
+    from pathcli.store import Store
+
+log = logging.getLogger("pathcli")
+
+Kind = Literal["own", "part", "external"]
+FEW = 5  # test patients of a class below which the report warns
+
+
+def table_for(run: Run, labels: Path | None, *, own: bool) -> LabelTable:
+    """Return the table to test a run on, its classes in the run's order.
+
+    Raises:
+        DataError: the run's own table has changed, or another one has other labels.
+    """
+    data: dict[str, Any] = dict(run.recipe.values["data"])
+    if own:
+        given = {"labels": labels} if labels else {}
+        built: BagData = build_part(run.recipe, "data")(**given)
+        if built.table.digest != run.facts["labels"]["digest"]:
+            msg = f"{built.table.source} has changed since {run.folder} was trained; train again"
+            raise DataError(msg)
+        return built.table
+    same = {name: name for name in run.facts["classes"]}
+    return read_labels(
+        labels or data["labels"], classes=data["classes"] or same, target=data["target"]
+    )
+
+
+def find_features(
+    run: Run,
+    table: LabelTable,
+    store: Store,
+    slides: Path | None,
+    *,
+    device: str = "auto",
+    progress: Started | None = None,
+) -> Cohort:
+    """Return the table's slides with features as the run wants them, made where slides are given.
+
+    Raises:
+        DataError: the encoder here is not the run's.
+        ResourceError: no slide has features.
+    """
+    spec = TileSpec.from_json(run.facts["tiles"])
+    if slides is None:
+        return look_up(table, store, run.facts["encoder"], spec)
+    encoder = build_part(run.recipe, "encoder")()
+    if encoder.id != run.facts["encoder"]:
+        msg = f"{run.folder} wants features of {run.facts['encoder']}, here is {encoder.id}"
+        raise DataError(msg)
+    embedder = Embedder(encoder, store, device=device)
+    return make(table, discover([str(slides)]), embedder, spec, progress)
+
+
+def score_head(
+    name: str,
+    group: Sequence[Run],
+    cohort: Cohort,
+    *,
+    own: bool,
+    specificity: float,
+    allow_leak: bool = False,
+    device: str = "auto",
+) -> Scores:
+    """Test the runs of one head that were chosen on validation, one a seed.
+
+    Raises:
+        DataError: a slide or patient was trained on, or a class has no test slide.
+    """
+    device = pick_device(device)
+    best = chosen(group)
+    kind: Kind = "own" if own else "external"
+    warnings = [text for run in best for text in run.facts["warnings"]] if own else []
+    tested, shared = [], 0
+    for run in best:
+        slides = run.facts["split"]["test"] if own else [row.slide for row in cohort.table.rows]
+        seen, known = _overlap(run, cohort, slides)
+        shared = max(shared, seen)
+        if seen and not own:
+            msg = f"{seen} slides of {cohort.table.source} are of patients {run.folder} has seen"
+            if not allow_leak:
+                raise DataError(msg + "; leave them out, or give --allow-leak")
+            warnings.append(msg)
+        kind = "part" if known and not own else kind
+        tested.append(_score_run(run, cohort, slides, specificity, device))
+    warnings += _few(cohort, tested[0])
+    unit = "site" if own and group[0].recipe.values["data"]["by"] == "site" else "patient"
+    return Scores(name, tuple(tested), cohort, kind, unit, shared, tuple(dict.fromkeys(warnings)))
+
+
+def _overlap(run: Run, cohort: Cohort, slides: Sequence[str]) -> tuple[int, int]:
+    """Return how many slides the run has learnt from, and how many are of its test split.
+
+    A slide is known by its patient, its name, or the fingerprint of its file.
+    """
+    split, items = run.facts["split"], run.facts["store"]
+    learnt = {*split["train"], *split["val"]}
+    files = {items[slide].rpartition("@")[0] for slide in learnt if slide in items}
+    held = {items[slide].rpartition("@")[0] for slide in split["test"] if slide in items}
+    patients, rows = set(run.facts["patients"]), cohort.table.by_slide
+    mine = {slide: cohort.keys[slide].item if slide in cohort.keys else "" for slide in slides}
+    seen = [s for s in slides if s in learnt or rows[s].case in patients or mine[s] in files]
+    known = [s for s in slides if s in split["test"] or mine[s] in held]
+    return len(seen), len(known)
+
+
+def _score_run(
+    run: Run, cohort: Cohort, slides: Sequence[str], specificity: float, device: str
+) -> Tested:
+    bags = Bags(cohort, slides, run.facts["bag"])
+    classes, rows = cohort.table.classes, cohort.table.by_slide
+    absent = [name for i, name in enumerate(classes) if i not in bags.labels.tolist()]
+    if absent:
+        msg = f"{cohort.table.source}: no test slide of class {listed(absent)} has features"
+        raise DataError(msg)
+    said = predict_bags(load_head(run, device), bags, torch.device(device))
+    lost = Counter(rows[slide].label or "" for slide in slides if slide not in cohort.keys)
+    return Tested(
+        run=run,
+        names=tuple(bags.names),
+        patients=tuple(bags.patients),
+        sites=tuple(bags.sites),
+        labels=bags.labels,
+        chances=np.stack([p.probabilities for p in said]),
+        threshold=_threshold(run, specificity),
+        listed=len(slides),
+        lost=lost,
+    )
+
+
+def _threshold(run: Run, specificity: float) -> float | None:
+    """Return the threshold that has the specificity asked for on the run's validation bags."""
+    if len(run.facts["classes"]) != 2:  # noqa: PLR2004 - a threshold parts two classes
+        return None
+    said = run.facts["validation"]
+    labels, chances = np.array(said["labels"]), np.array(said["probabilities"])
+    return threshold_at_specificity(labels, chances[:, 1], specificity)
+
+
+def _few(cohort: Cohort, tested: Tested) -> list[str]:
+    counts = {
+        name: len({p for p, y in zip(tested.patients, tested.labels, strict=True) if y == i})
+        for i, name in enumerate(cohort.table.classes)
+    }
+    few = {name: count for name, count in counts.items() if count < FEW}
+    return [
+        f"only {count} test patients of class {name}: the numbers say little"
+        for name, count in few.items()
+    ]
+
+
+def count_reading(store: Store, heads: Sequence[Scores]) -> int | None:
+    """Note in the store that these test slides were read; return how often they have been.
+
+    None if it cannot be counted. Another store knows nothing of it.
+    """
+    slides = sorted({name for scores in heads for t in scores.tested for name in t.names})
+    path, key = store.root / "evaluations.jsonl", digest(slides)
+    line = {"when": time.strftime("%Y-%m-%d %H:%M"), "test": key, "slides": len(slides)}
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return sum(bool(json.loads(text)["test"] == key) for text in lines)
+    except (OSError, ValueError, KeyError) as error:
+        log.warning("%s: cannot count how often the test slides were read (%s)", path, error)
+        return None
