@@ -64,11 +64,12 @@ def test_camelyon16_goes_from_slides_to_a_report_and_heatmaps(mini: Path, run: R
     passes = cohorts.Contrast.passes
 
     evaluate = ("mil-eval", "camelyon16", "--runs", runs, *store, "--out", mini / "out")
-    code, _, err = run(*evaluate)
+    code, _, err = run(*evaluate, "--head", "abmil", "--head", "acmil")
     assert code == 5
     assert len(err.splitlines()) == 1
     assert "pathcli train --recipe camelyon16-acmil" in err
-    code, out, err = run(*evaluate, "--train", "--slides", slides, *given, "--encoder", "fake")
+    both = ("--head", "abmil", "--head", "acmil", "--train")
+    code, out, err = run(*evaluate, *both, "--slides", slides, *given, "--encoder", "fake")
     assert code == 0, err
     assert {"abmil", "acmil"} <= set(out.split())
     assert "383 of 399 slides have no features" in err

@@ -190,6 +190,15 @@ def test_finished_runs_are_not_trained_again(tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in before if p.is_file()}.items() <= before.items()
 
 
+def test_a_stopped_run_goes_on_with_the_same_data_only(tmp_path: Path) -> None:
+    settings = TrainSettings(epochs=1)
+    stopped = Loop(Work(Slope(2), [1.0, 2.0], identity="a"), settings, tmp_path, "cpu")
+    assert not stopped.run(lambda *_: None, stop_after=1)
+    other = Loop(Work(Slope(2), [1.0, 2.0], identity="b"), settings, tmp_path, "cpu")
+    with pytest.raises(DataError, match="labels, splits or features have changed since"):
+        other.run(lambda *_: None)
+
+
 def test_a_finished_run_on_other_data_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -396,11 +396,3 @@ def test_a_damaged_state_is_told_in_one_line(harm: Callable[[Path], Any], said: 
     assert isinstance(caught.value, PathcliError)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
-
-
-def test_a_stopped_run_goes_on_with_the_same_data_only() -> None:
-    loop = Loop(Work(regression(), examples(), identity="a"), settings(), Path("run"), "cpu")
-    assert not loop.run(quiet, stop_after=1)
-    other = Loop(Work(regression(), examples(), identity="b"), settings(), Path("run"), "cpu")
-    with pytest.raises(DataError, match="labels, splits or features have changed since"):
-        other.run(quiet)

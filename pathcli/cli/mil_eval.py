@@ -34,7 +34,8 @@ Encoder = Annotated[
     str | None, typer.Option("--encoder", help="Only runs on features of this encoder.")
 ]
 Heads = Annotated[
-    list[str] | None, typer.Option("--head", help="A head; repeatable [default: abmil, acmil].")
+    list[str] | None,
+    typer.Option("--head", help="A head; repeatable [default: all that have runs]."),
 ]
 RunFolder = Annotated[Path, typer.Option("--runs", help="Folder of run folders.", metavar="DIR")]
 Train = Annotated[bool, typer.Option("--train", help="Train the heads that have no finished run.")]
@@ -75,7 +76,6 @@ def mil_eval(
     predictions.csv. --set changes what --train trains.
     """
     from pathcli.cli import show  # noqa: PLC0415
-    from pathcli.evals.mil import HEADS  # noqa: PLC0415
     from pathcli.evals.mil import mil_eval as evaluate  # noqa: PLC0415
     from pathcli.registry import resolve  # noqa: PLC0415
 
@@ -86,7 +86,7 @@ def mil_eval(
         found = evaluate(
             benchmark,
             runs=runs,
-            heads=tuple(head or HEADS),
+            heads=head,
             encoder=encoder,
             labels=labels,
             slides=slides,

@@ -17,7 +17,7 @@ from pathcli.evals.mil_runs import count_reading, find_features, score_head, tab
 from pathcli.mil.benchmarks import BENCHMARKS, Benchmark, benchmark
 from pathcli.mil.tables import read_labels
 from pathcli.recipe import Recipe, load_recipe
-from pathcli.registry import did_you_mean
+from pathcli.registry import did_you_mean, names
 from pathcli.runs import Run, find_runs, train
 from pathcli.store import Store
 from pathcli.types import DataError, ResourceError, UsageError, digest
@@ -73,7 +73,7 @@ def mil_eval(
     name: str,
     *,
     runs: Path = Path("runs"),
-    heads: Sequence[str] = HEADS,
+    heads: Sequence[str] | None = None,
     encoder: str | None = None,
     labels: Path | None = None,
     slides: Path | None = None,
@@ -90,7 +90,7 @@ def mil_eval(
     Args:
         name: a benchmark, or a label table (see `read_labels`).
         runs: folder of finished runs.
-        heads: which heads, by registered name.
+        heads: which heads, by registered name (default: all that have runs, else `HEADS`).
         encoder: only runs on features of this encoder; what `train_missing` trains on.
         labels: the benchmark's label table, where pathcli does not ship it.
         slides: folder or list of slides; without it features are looked up in the store.
@@ -113,26 +113,46 @@ def mil_eval(
     plan = _Plan(name, known, path, slides, encoder, tuple(settings), runs)
     kept = store or Store()
     groups = _groups(plan, heads)
-    absent = [h for h in heads if not any(_head(group[0]) == h for group in groups.values())]
-    if absent and not train_missing:
-        raise ResourceError(_how_to_train(plan, absent))
-    for head in absent:
-        train(_recipe(plan, head), out=runs, store=kept, device=device, progress=progress)
-    judged: dict[str, Any] = {
-        "specificity": specificity,
-        "allow_leak": allow_leak,
-        "device": device,
-    }
+    if absent := _absent(plan, groups, heads, may_train=train_missing):
+        for head in absent:
+            train(_recipe(plan, head), out=runs, store=kept, device=device, progress=progress)
+        groups = _groups(plan, heads)
+    judged: dict[str, Any] = {"specificity": specificity, "allow_leak": allow_leak}
     tested = []
-    for label, group in (_groups(plan, heads) if absent else groups).items():
+    for label, group in groups.items():
         own = _own(group[0], plan)
-        table = table_for(group[0], path, own=own)
+        table = table_for(group[0], plan.labels, own=own)
         cohort = find_features(group[0], table, kept, slides, device=device, progress=progress)
-        tested.append(score_head(label, group, cohort, own=own, **judged))
-    if len({scores.cohort.table.classes for scores in tested}) > 1:
-        msg = f"the runs in {runs} have different classes; give a folder of one kind as --runs"
-        raise DataError(msg)
+        tested.append(score_head(label, group, cohort, own=own, device=device, **judged))
+    _refuse_mixed(tested)
     return Evaluation(name, known, tuple(tested), count_reading(kept, tested), specificity)
+
+
+def _refuse_mixed(tested: Sequence[Scores]) -> None:
+    if len({scores.cohort.table.classes for scores in tested}) > 1:
+        msg = "these runs have different classes; give a folder of one kind as --runs"
+        raise DataError(msg)
+
+
+def _absent(
+    plan: _Plan,
+    groups: Mapping[str, list[Run]],
+    heads: Sequence[str] | None,
+    *,
+    may_train: bool,
+) -> list[str]:
+    """Return the heads asked for that have no run.
+
+    Raises:
+        ResourceError: there are some, and they may not be trained, or their labels are not here.
+    """
+    there = {_head(group[0]) for group in groups.values()}
+    absent = [head for head in heads or ([] if there else HEADS) if head not in there]
+    if absent and plan.benchmark:
+        plan.benchmark.need_table()
+    if absent and not may_train:
+        raise ResourceError(_how_to_train(plan, absent))
+    return absent
 
 
 def _head(run: Run) -> str:
@@ -160,7 +180,7 @@ def _own(run: Run, plan: _Plan) -> bool:
     return bool(table.digest == run.facts["labels"]["digest"])
 
 
-def _groups(plan: _Plan, heads: Sequence[str]) -> dict[str, list[Run]]:
+def _groups(plan: _Plan, heads: Sequence[str] | None) -> dict[str, list[Run]]:
     """Return the runs that fit by name of head; different settings are never pooled.
 
     Raises:
@@ -170,7 +190,7 @@ def _groups(plan: _Plan, heads: Sequence[str]) -> dict[str, list[Run]]:
         run
         for run in (find_runs(plan.runs) if plan.runs.is_dir() else [])
         if run.recipe.task == "mil"
-        and _head(run) in heads
+        and (heads is None or _head(run) in heads)
         and plan.encoder in {None, run.recipe.values["encoder"]["kind"]}
     ]
     # runs of these very labels are not mixed with those of others, and a benchmark has its own
@@ -191,7 +211,8 @@ def _groups(plan: _Plan, heads: Sequence[str]) -> dict[str, list[Run]]:
         head = _head(group[0])
         where = os.path.relpath(os.path.commonpath([r.folder.parent for r in group]), plan.runs)
         named[head if alike.count(head) == 1 else f"{head} in {where}"] = group
-    return dict(sorted(named.items(), key=lambda item: list(heads).index(_head(item[1][0]))))
+    wanted = list(heads or names("head"))
+    return dict(sorted(named.items(), key=lambda item: wanted.index(_head(item[1][0]))))
 
 
 def _fits(run: Run, plan: _Plan) -> bool:

@@ -55,7 +55,9 @@ def _error(scores: Scores, tested: Tested, i: int) -> tuple[dict[str, str], Pict
     bag = Bags(scores.cohort, slides, tested.run.facts["bag"])[0]
     try:
         tiles = _attended(scores, tested, bag)
-    except (PathcliError, KeyError) as error:
+    except KeyError:
+        return row | {"tiles": "not shown: the slide's card or tiles are not in the store"}, None
+    except PathcliError as error:
         return row | {"tiles": f"not shown: {error}"}, None
     caption = f"{name}: most attended tiles of {bag.slides[0]}"
     return row | {"tiles": "below"}, Picture(tiles, caption, strip=True)

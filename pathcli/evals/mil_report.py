@@ -14,7 +14,6 @@ from pathcli.charts import Line, chart
 from pathcli.evals.mil_errors import worst_errors
 from pathcli.evals.mil_scores import compare, confusions, mean_curve, measure_all
 from pathcli.metrics.calibration import reliability
-from pathcli.mil.tables import listed
 from pathcli.report import Section, html_page, json_text, metric, pairs, versions
 from pathcli.runs import git_commit
 from pathcli.store.files import write_bytes
@@ -72,6 +71,7 @@ def mil_report(found: Evaluation, numbers: Measurements) -> Report:
             "test_slides_read_times": found.times,
             "specificity_asked": found.specificity,
             "flow": cohort_flow(found),
+            "missing": {s.name: dict(s.cohort.missing) for s in found.heads},
             "comparisons": [
                 {k: _rounded(v) if isinstance(v, float) else v for k, v in row.items()}
                 for row in numbers.pairs
@@ -226,7 +226,7 @@ def _flow(found: Evaluation) -> Section:
     for scores in found.heads:
         for slide, why in scores.cohort.missing.items():
             reasons.setdefault(why, []).append(slide)
-    why = "; ".join(f"{reason}: {listed(sorted(set(s)))}" for reason, s in reasons.items())
+    why = "; ".join(f"{reason}: {', '.join(sorted(set(s)))}" for reason, s in reasons.items())
     return Section("Slides: in, out, used", f"Without features: {why}." if why else "", rows=rows)
 
 

@@ -66,7 +66,8 @@ class Benchmark:
         if self.table is None:
             msg = (
                 f"{self.name}: pathcli does not ship its labels; give a table with the columns "
-                f"{', '.join(self.columns)} as labels (published at {self.publisher})"
+                f"{', '.join(self.columns)} (train: --set data.labels=FILE, mil-eval: --labels "
+                f"FILE; published at {self.publisher})"
             )
             raise ResourceError(msg)
         return self.table
