@@ -1,6 +1,7 @@
 """The house rules: files and functions stay small, public names import, the wheel is whole."""
 
 import ast
+import json
 import subprocess
 import sys
 import zipfile
@@ -53,14 +54,28 @@ def test_importing_the_package_imports_nothing_else() -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_carries_the_package_and_nothing_of_the_checkout(tmp_path: Path) -> None:
+def test_the_wheel_carries_all_it_needs_and_nothing_else_of_the_checkout(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        names = wheel.namelist()
-    code = {str(p.relative_to(ROOT)) for p in ROOT.glob("pathcli/**/*.py")}
-    assert code <= set(names)
+    wheel = next(tmp_path.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    kinds = ("pathcli/**/*.py", "recipes/*.yaml", "assets/benchmarks/*")
+    mine = {str(p.relative_to(ROOT)) for kind in kinds for p in ROOT.glob(kind)}
+    assert {n if n.startswith("pathcli/") else f"pathcli/{n}" for n in mine} <= set(names)
     assert {n.split("/")[0] for n in names} == {
         "pathcli",
         f"pathcli-{pathcli.__version__}.dist-info",
+    }
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import pathcli.cli; "
+        "assert pathcli.__file__.startswith(sys.path[0]), pathcli.__file__; pathcli.cli.main()"
+    )
+    listing = [sys.executable, "-P", "-c", code, str(installed), "recipes", "list", "--json"]
+    done = subprocess.run(listing, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert {row["name"] for row in json.loads(done.stdout)} == {
+        path.stem for path in ROOT.glob("recipes/*.yaml")
     }
