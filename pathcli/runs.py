@@ -56,9 +56,10 @@ class Run:
         return int(self.recipe.values["train"]["seed"])
 
     @property
-    def choice(self) -> float:
-        """Validation value by which runs of one seed compete; 0 when nothing is chosen by."""
-        return self.metrics.get(self.recipe.values["train"].get("choose") or "", 0.0)
+    def standing(self) -> tuple[float, float]:
+        """How runs of one seed compete on validation: the metric chosen by, then minus the loss."""
+        name = self.recipe.values["train"].get("choose") or ""
+        return self.metrics.get(name, 0.0), -self.metrics.get("loss", 0.0)
 
 
 def read_run(folder: Path) -> Run:
@@ -93,6 +94,16 @@ def find_runs(root: Path) -> list[Run]:
         except DataError as error:
             log.warning("%s; left out", error)
     return runs
+
+
+def chosen(runs: Sequence[Run]) -> list[Run]:
+    """Return for each seed the run that was best on validation, ties by the lower loss."""
+    best: dict[int, Run] = {}
+    for run in runs:
+        rival = best.get(run.seed)
+        if rival is None or run.standing > rival.standing:
+            best[run.seed] = run
+    return [best[seed] for seed in sorted(best)]
 
 
 def finish_run(

@@ -14,9 +14,9 @@ from pathcli.metrics.classification import macro_auroc
 from pathcli.mil.bags import Bags, look_up
 from pathcli.mil.benchmarks import benchmark
 from pathcli.mil.tables import read_labels
-from pathcli.mil.task import chosen, load_head, predict_bags, validate
+from pathcli.mil.task import load_head, predict_bags, validate
 from pathcli.recipe import Recipe, build, load_recipe
-from pathcli.runs import Run, read_run, train
+from pathcli.runs import Run, chosen, read_run, train
 from pathcli.store import Store
 from pathcli.types import DataError, TileSpec, UsageError
 

@@ -149,7 +149,8 @@ def test_a_run_holds_what_it_is_rebuilt_from_and_nothing_else(tmp_path: Path) ->
     lines = [json.loads(x) for x in (moved.folder / "metrics.jsonl").read_text().splitlines()]
     best = lines[2 * moved.provenance["chosen_epoch"] - 1]
     assert best["val_score"] == pytest.approx(moved.metrics["score"])
-    assert max(line.get("val_score", -9) for line in lines) == best["val_score"] == moved.choice
+    highest = max(line.get("val_score", -9) for line in lines)
+    assert highest == best["val_score"] == moved.standing[0]
 
 
 def test_provenance_says_where_a_run_came_from(tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_the_report_shows_curves_and_recipe_and_loads_nothing(tmp_path: Path) ->
 
 def test_a_run_that_validates_nothing_has_a_report_too(tmp_path: Path) -> None:
     (run,) = train(recipe(choose=None, epochs=1), out=tmp_path)
-    assert run.choice == 0.0
+    assert run.standing[0] == 0.0
 
 
 # --- what is trained again, and what is not ----------------------------------------------

@@ -33,6 +33,7 @@ def train(
     """
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.recipe import load_recipe  # noqa: PLC0415
+    from pathcli.runs import chosen  # noqa: PLC0415
     from pathcli.runs import train as train_all  # noqa: PLC0415
 
     o.check(None, device)
@@ -42,11 +43,13 @@ def train(
         runs = train_all(
             known, out=out, store=kept, device=device, progress=lambda name: start(0, name)
         )
+    best = chosen(runs)
     rows = [
         {
             "run": str(run.folder),
             "seed": run.seed,
             "lr": run.recipe.values["train"]["lr"],
+            **({"chosen": "yes" if run in best else ""} if len(best) < len(runs) else {}),
             "epoch": run.provenance["chosen_epoch"],
             **{name: round(value, 4) for name, value in run.metrics.items()},
             "seconds": run.provenance["seconds"],

@@ -18,7 +18,7 @@ from pathcli.trainer import Work
 from pathcli.types import Bag, DataError, TileSpec, digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -205,17 +205,3 @@ def load_head(run: Run, device: str = "cpu") -> Head:
     load_trainable(module, run.folder / "weights.safetensors")
     module.to(device).eval()
     return head
-
-
-def chosen(runs: Sequence[Run]) -> list[Run]:
-    """Return for each seed the run that was best on validation, ties by the lower loss."""
-    best: dict[int, Run] = {}
-    for run in runs:
-        rival = best.get(run.seed)
-        if rival is None or _standing(run.metrics, run) > _standing(rival.metrics, rival):
-            best[run.seed] = run
-    return [best[seed] for seed in sorted(best)]
-
-
-def _standing(metrics: Mapping[str, float], run: Run) -> tuple[float, float]:
-    return run.choice, -metrics.get("loss", 0.0)
