@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import cv2
@@ -12,12 +13,13 @@ import numpy as np
 import synthetic
 import torch
 
+from pathcli.mil.pooling import MaxPooling
 from pathcli.mil.splits import official
 from pathcli.mil.tables import LabelTable
 from pathcli.recipe import Recipe, load_recipe
 from pathcli.store import Store
 from pathcli.store.store import item_name
-from pathcli.types import Key, Tiles, TileSpec, TileStatus, digest
+from pathcli.types import HeadOutput, Key, Tiles, TileSpec, TileStatus, digest
 
 torch.set_num_threads(1)  # of matrices this small threads only wait for each other
 
@@ -28,6 +30,7 @@ RING = ((320, 256), (768, 256), (768, 576), (320, 576))
 """A lesion of 7 x 5 tiles of 64 px, level-0 px: 224 um wide, more than isolated tumour cells."""
 
 Ring = Sequence[tuple[float, float]]
+Slides = Iterable[str]
 
 
 class Contrast(fakes.MeanColour):
@@ -56,11 +59,15 @@ def put(
     encoder: str = fakes.MeanColour.id,
     spec: TileSpec = fakes.MeanColour.native,
     mpp: float = 0.5,
+    file: str | None = None,
 ) -> Key:
-    """Write the features of one slide, a row of tiles of 64 px after another, ten a row."""
+    """Write the features of one slide, a row of tiles of 64 px after another, ten a row.
+
+    `file` is the name of the slide whose file this is, if it was renamed since.
+    """
     number = np.arange(len(rows))
     xy = np.stack([number % 10 * 64, number // 10 * 64], 1).astype(np.int32)
-    item = item_name(slide, digest([slide, mpp]))
+    item = item_name(slide, digest([file or slide, mpp]))
     tiles = Tiles(item, xy, np.zeros(len(rows), np.uint8), spec, mpp, 640, 6400, 0.5)
     status = np.zeros(len(rows), np.uint8)
     status[list(bad)] = TileStatus.UNREADABLE
@@ -81,7 +88,13 @@ def table(path: Path, rows: Iterable[tuple[str, str, object]]) -> Path:
 
 
 def planted(
-    store: Store, path: Path, patients: int = 24, *, name: str = "p", slides: int = 1
+    store: Store,
+    path: Path,
+    patients: int = 24,
+    *,
+    name: str = "p",
+    slides: int = 1,
+    classes: tuple[str, str] = ("normal", "tumor"),
 ) -> Path:
     """Write features and labels of patients, every second of whom has a lesion in each slide."""
     rows = []
@@ -89,7 +102,7 @@ def planted(
         for j in range(slides):
             slide = f"{name}{i}-{j}"
             put(store, slide, values(30, planted=i % 2 * 5, seed=100 * i + j))
-            rows.append((f"{name}{i}", slide, ("normal", "tumor")[i % 2]))
+            rows.append((f"{name}{i}", slide, classes[i % 2]))
     return table(path, rows)
 
 
@@ -108,6 +121,23 @@ def quick(epochs: int = 12) -> list[str]:
         "train.lr=0.003",
         "train.seed=[1]",
     ]
+
+
+def split(path: Path, train: Slides, val: Slides, test: Slides) -> Path:
+    """Write a split file of CLAM's form."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["train", "val", "test"])
+        writer.writerows(zip_longest(train, val, test, fillvalue=""))
+    return path
+
+
+class Sure(MaxPooling):
+    """A head that finds a lesion of `values` unlikely at best, and elsewhere all but impossible."""
+
+    def forward(self, features: torch.Tensor) -> HeadOutput:
+        score = 4 * features[:, 0].max() - 32 + 0 * self.classifier.bias.sum()
+        return HeadOutput(torch.stack([0 * score, score]), torch.full((len(features),), 1 / 30))
 
 
 def lines(path: Path) -> list[dict[str, str]]:

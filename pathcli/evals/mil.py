@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from pathcli.evals.mil_scores import Scores
     from pathcli.mil.bags import Started
+    from pathcli.mil.tables import LabelTable
 
 HEADS = ("abmil", "acmil")
 SPECIFICITY = 0.9
@@ -176,7 +177,12 @@ def _own(run: Run, plan: _Plan) -> bool:
         return bool(data["benchmark"] == plan.name)
     if data["labels"] and Path(data["labels"]) == plan.labels:
         return True
-    table = read_labels(plan.labels or "", classes=data["classes"], target=data["target"])
+    table = read_labels(
+        plan.labels or "",
+        slides=data["slide_table"],
+        classes=data["classes"],
+        target=data["target"],
+    )
     return bool(table.digest == run.facts["labels"]["digest"])
 
 
@@ -197,6 +203,7 @@ def _groups(plan: _Plan, heads: Sequence[str] | None) -> dict[str, list[Run]]:
     own = [run for run in fit if _fits(run, plan) and _own(run, plan)]
     others = [] if own or plan.benchmark else fit
     if others and not any(_fits(run, plan) for run in others):
+        _labels(others[0], plan)  # a table that cannot be read says so itself
         theirs = ", ".join(others[0].facts["classes"])
         msg = (
             f"{plan.name}: its labels are none of the classes of the runs in {plan.runs}: {theirs}"
@@ -210,7 +217,8 @@ def _groups(plan: _Plan, heads: Sequence[str] | None) -> dict[str, list[Run]]:
     for group in groups.values():
         head = _head(group[0])
         where = os.path.relpath(os.path.commonpath([r.folder.parent for r in group]), plan.runs)
-        named[head if alike.count(head) == 1 else f"{head} in {where}"] = group
+        name = head if alike.count(head) == 1 else f"{head} in {where}"
+        named[f"{name} ({_experiment(group[0])[:6]})" if name in named else name] = group
     wanted = list(heads or names("head"))
     return dict(sorted(named.items(), key=lambda item: wanted.index(_head(item[1][0]))))
 
@@ -222,10 +230,15 @@ def _fits(run: Run, plan: _Plan) -> bool:
     data = run.recipe.values["data"]
     known = set(data["classes"] or run.facts["classes"])
     try:
-        table = read_labels(plan.labels or "", target=data["target"])
+        return set(_labels(run, plan).classes) <= known
     except DataError:
-        return bool(data["slide_table"])  # STAMP's pair is read by the run's own section
-    return set(table.classes) <= known
+        return False
+
+
+def _labels(run: Run, plan: _Plan) -> LabelTable:
+    """Return the table as the run's recipe reads one, its labels as they stand there."""
+    data = run.recipe.values["data"]
+    return read_labels(plan.labels or "", slides=data["slide_table"], target=data["target"])
 
 
 def _experiment(run: Run) -> str:

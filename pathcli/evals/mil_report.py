@@ -194,9 +194,13 @@ _KINDS = {
 
 def _lead(found: Evaluation) -> str:
     shared = max(s.shared for s in found.heads)
-    kind = _KINDS[found.heads[0].kind]
+    kinds = {s.kind: [h.name for h in found.heads if h.kind == s.kind] for s in found.heads}
+    kind = " ".join(
+        (f"{', '.join(heads)}: " if len(kinds) > 1 else "") + _KINDS[name]
+        for name, heads in kinds.items()
+    )
     if shared:
-        kind = f"{shared} of the test slides are of patients that were learnt from, as allowed."
+        kind = f"{shared} of the test slides are of patients or files that were learnt from."
     if found.times is None:
         return f"{kind} How often these slides were read before could not be counted."
     first = "the first time" if found.times == 1 else f"time {found.times}"

@@ -21,8 +21,9 @@ from pathcli.evals.mil_scores import Scores, Tested
 from pathcli.metrics.classification import threshold_at_specificity
 from pathcli.mil.bags import BagData, Bags, Cohort, look_up, make
 from pathcli.mil.tables import LabelTable, listed, read_labels
-from pathcli.mil.task import chosen, load_head, predict_bags
+from pathcli.mil.task import load_head, predict_bags
 from pathcli.recipe import build_part
+from pathcli.runs import chosen
 from pathcli.slides.discovery import discover
 from pathcli.types import DataError, TileSpec, digest
 
@@ -51,7 +52,7 @@ def table_for(run: Run, labels: Path | None, *, own: bool) -> LabelTable:
         given = {"labels": labels} if labels else {}
         built: BagData = build_part(run.recipe, "data")(**given)
         if built.table.digest != run.facts["labels"]["digest"]:
-            msg = f"{built.table.source} has changed since {run.folder} was trained; train again"
+            msg = f"{built.table.source} has changed since {run.folder} was trained; train again, to another --out"
             raise DataError(msg)
         return built.table
     same = {name: name for name in run.facts["classes"]}
@@ -129,13 +130,18 @@ def _overlap(run: Run, cohort: Cohort, slides: Sequence[str]) -> tuple[int, int]
     """
     split, items = run.facts["split"], run.facts["store"]
     learnt = {*split["train"], *split["val"]}
-    files = {items[slide].rpartition("@")[0] for slide in learnt if slide in items}
-    held = {items[slide].rpartition("@")[0] for slide in split["test"] if slide in items}
+    files = {_fingerprint(items[slide]) for slide in learnt if slide in items}
+    held = {_fingerprint(items[slide]) for slide in split["test"] if slide in items}
     patients, rows = set(run.facts["patients"]), cohort.table.by_slide
-    mine = {slide: cohort.keys[slide].item if slide in cohort.keys else "" for slide in slides}
+    mine = {s: _fingerprint(cohort.keys[s].stem) if s in cohort.keys else "" for s in slides}
     seen = [s for s in slides if s in learnt or rows[s].case in patients or mine[s] in files]
     known = [s for s in slides if s in split["test"] or mine[s] in held]
     return len(seen), len(known)
+
+
+def _fingerprint(stem: str) -> str:
+    """Return the digits of a slide's content in `<name>-<digits>@<mpp>`: a file may be renamed."""
+    return stem.rpartition("@")[0].rpartition("-")[2]
 
 
 def _score_run(
@@ -196,6 +202,6 @@ def count_reading(store: Store, heads: Sequence[Scores]) -> int | None:
             file.write(json.dumps(line) + "\n")
         lines = path.read_text(encoding="utf-8").splitlines()
         return sum(bool(json.loads(text)["test"] == key) for text in lines)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s: cannot count how often the test slides were read (%s)", path, error)
         return None

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from pathcli.metrics.classification import (
 from pathcli.metrics.statistics import (
     Interval,
     bootstrap,
+    delong,
     delong_test,
     holm,
     mean_sd,
@@ -47,7 +49,8 @@ if TYPE_CHECKING:
 
 REPLICATES = 2000
 GRID = np.linspace(0, 1, 101)
-_TWO = 2
+Z95 = NormalDist().inv_cdf(0.975)
+_TWO, _NOISE = 2, 1e-12
 
 BARE = ("ece",)
 """Metrics stated without interval: the bias of ECE moves its bootstrap off the value itself."""
@@ -243,27 +246,34 @@ def compare(heads: Sequence[Scores], replicates: int = REPLICATES) -> list[dict[
 
 def _compare_two(a: Scores, b: Scores, replicates: int) -> dict[str, Any]:
     one_each = len(set(a.tested[0].units(a.unit))) == len(a.tested[0].names)
-    if a.shared_test and a.classes == _TWO and one_each:
-        a, b = a.averaged(), b.averaged()
-        p: float | None = delong_test(a.labels, a.chances[:, 1], b.chances[:, 1])
-        test = "DeLong, seed-averaged score"
-    else:
-        p, test = None, f"paired bootstrap over {a.unit}s, mean over seeds"
+    by_delong = a.shared_test and a.classes == _TWO and one_each
+    test = f"paired bootstrap over {a.unit}s, mean over seeds"
+    if by_delong:
+        a, b, test = a.averaged(), b.averaged(), "DeLong, seed-averaged score"
     auroc = _of_any_run(macro_auroc)
-    difference, by_bootstrap = paired_bootstrap(
+    difference, p = paired_bootstrap(
         a.over_seeds(auroc),
         b.over_seeds(auroc),
         a.units,
         strata=a.labels.tolist(),
         replicates=replicates,
     )
+    low, high = difference.low, difference.high
+    if by_delong:
+        said = a.chances[:, 1], b.chances[:, 1]
+        p = delong_test(a.labels, *said)
+        _, ((of_a, both), (_, of_b)) = delong(a.labels, np.stack(said))
+        variance = of_a + of_b - 2 * both
+        if variance > _NOISE:  # else both rank alike, and the bootstrap knows a bound
+            width = Z95 * np.sqrt(variance)
+            low, high = np.clip([difference.value - width, difference.value + width], -1, 1)
     return {
         "heads": f"{a.name} - {b.name}",
         "auroc_difference": difference.value,
-        "low": difference.low,
-        "high": difference.high,
+        "low": float(low),
+        "high": float(high),
         "test": test,
-        "p": by_bootstrap if p is None else p,
+        "p": p,
     }
 
 
