@@ -224,7 +224,7 @@ def test_other_labels_are_an_external_validation_on_all_their_slides(
     assert code == 0
     assert report_of(folder)["provenance"]["test_slides_of_patients_learnt_from"] == {"abmil": 1}
     assert (
-        "1 of the test slides are of patients that were learnt from"
+        "1 of the test slides are of patients or files that were learnt from"
         in (folder / "report.html").read_text()
     )
 

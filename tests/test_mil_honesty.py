@@ -141,7 +141,7 @@ def test_a_slide_that_was_learnt_from_is_known_whatever_it_is_called(
         assert found.heads[0].shared == 1, how
         page = page_of(found, tmp_path / "out")
         assert "External validation" not in page
-        assert "1 of the test slides are of patients that were learnt from" in page
+        assert "1 of the test slides are of patients or files that were learnt from" in page
 
 
 def test_the_same_store_entries_under_other_ids_are_known(
@@ -253,7 +253,7 @@ def test_labels_that_changed_after_training_are_refused_in_one_line(
     table(labels, changed)
     code, _, err = run("mil-eval", labels, "--runs", tmp_path / "runs", "--store", store.root)
     assert (code, len(err.splitlines())) == (4, 1), err
-    assert re.search(r"labels\.csv has changed since .*seed-1 was trained; train again", err)
+    assert re.search(r"labels\.csv has changed since .*seed-1 was trained; train anew", err)
     given = [part for text in (*quick(), *sets) for part in ("--set", text)]
     again = ("train", "--recipe", "mil-abmil", "--set", f"data.labels={labels}", *given)
     for out, told in (("runs", "trained on other labels"), ("cut", "labels, splits or features")):

@@ -52,7 +52,10 @@ def table_for(run: Run, labels: Path | None, *, own: bool) -> LabelTable:
         given = {"labels": labels} if labels else {}
         built: BagData = build_part(run.recipe, "data")(**given)
         if built.table.digest != run.facts["labels"]["digest"]:
-            msg = f"{built.table.source} has changed since {run.folder} was trained; train again, to another --out"
+            source = built.table.source
+            msg = (
+                f"{source} has changed since {run.folder} was trained; train anew, in another --out"
+            )
             raise DataError(msg)
         return built.table
     same = {name: name for name in run.facts["classes"]}
