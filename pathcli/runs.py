@@ -288,7 +288,9 @@ def _train_one(
 def _refuse_another(folder: Path, recipe: Recipe) -> None:
     """Refuse a folder that holds something of a run of another recipe."""
     saved = folder / "recipe.yaml"
-    if saved.is_file() and any((folder / n).exists() for n in ("state", "report.json")):
+    if saved.is_file() and any(
+        (folder / n).exists() for n in ("state", "report.json", "metrics.jsonl")
+    ):
         there = parse_yaml(saved.read_text(encoding="utf-8"), str(saved))
         if there != recipe.values:
             msg = (

@@ -38,7 +38,7 @@ log = logging.getLogger("pathcli")
 
 Metrics = Mapping[str, float]
 LOG_EVERY = 100  # steps
-SAVE_SECONDS = 60.0
+SAVE_SECONDS, SAVE_EPOCH_SECONDS = 60.0, 2.0  # at most this often, amid an epoch and after one
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -136,6 +136,9 @@ class Loop:
                     saved = time.monotonic()
             self.epochs_done += 1
             self._judge()
+            if time.monotonic() - saved > SAVE_EPOCH_SECONDS:
+                self.save_state()
+                saved = time.monotonic()
         return True
 
     def _exhausted(self) -> bool:

@@ -264,6 +264,6 @@ def _from_hub(source: Hub, *, local_only: bool = False) -> Path:
         msg = (
             f"{what} is not in the local hub cache and the hub cannot be reached; on a machine "
             f"with network run: hf download {what} and copy the hub cache, or give the file "
-            "with --checkpoint"
+            "with --checkpoint (in a recipe: encoder.checkpoint)"
         )
         raise ResourceError(msg) from error

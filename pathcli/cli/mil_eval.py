@@ -82,6 +82,8 @@ def mil_eval(
     o.check(None, device)
     for name in head or ():
         resolve("head", name)
+    if encoder:
+        resolve("encoder", encoder)
     with show.progress(0, unit="steps") as start:
         found = evaluate(
             benchmark,

@@ -53,6 +53,7 @@ def predict(
     def work(slide: Found, progress: Progress) -> dict[str, Any]:
         mpp, source = resolution(slide, slide_mpp)
         results.append(ready(slide.path, mpp=mpp, mpp_source=source, progress=progress))
+        write_predictions(out / "predictions.csv", results)  # what is done stays, whatever comes
         return as_row(results[-1])
 
     done = run_batch(discover(slides), work, out)
@@ -101,5 +102,6 @@ def _lesions(results: list[Predicted]) -> dict[str, Any]:
     for name, found in lesion_metrics(results).items():
         low, high = (round(v, 4) if v == v else None for v in (found.low, found.high))  # noqa: PLR0124 - not NaN
         metrics[name] = metric(round(found.value, 4), low, high, found.n)
-        show.say(f"{name}: {found.value:.3f} [{found.low:.3f}, {found.high:.3f}], {found.n} slides")
+        between = f"[{found.low:.3f}, {found.high:.3f}]" if low is not None else "(no interval)"
+        show.say(f"{name}: {found.value:.3f} {between}, {found.n} slides")
     return {"metrics": metrics}

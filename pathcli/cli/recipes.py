@@ -88,7 +88,7 @@ def check(
     store: o.StoreRoot = None,
     json: o.Json = False,
 ) -> None:
-    """Check a recipe: all faults at once, and what it still asks you for; exit 2 on faults."""
+    """Check a recipe: all faults at once, and what it still asks you for; exit 4 on faults."""
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.recipe import check_recipe, load_recipe  # noqa: PLC0415
 
@@ -111,4 +111,4 @@ def check(
             show.say(f"{recipe.name}: every key and value is right")
         show.table([{"what": k, "value": v} for k, v in tried.items()])
     if found.faults:
-        raise typer.Exit(2)
+        raise typer.Exit(4)

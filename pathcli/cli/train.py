@@ -56,12 +56,20 @@ def train(
         }
         for run in runs
     ]
+    if missing := runs[0].facts.get("missing"):
+        names = ", ".join([*missing][:3]) + (", ..." if len(missing) > 3 else "")  # noqa: PLR2004
+        why = next(iter(missing.values()))
+        show.warn(f"{len(missing)} slides are not used ({names}: {why}); report.html has all")
     for text in dict.fromkeys(w for run in runs for w in run.facts.get("warnings", ())):
         show.warn(text)
     if json:
         show.as_json({"runs": rows})
     else:
-        show.table(rows, title="on the validation split, at the chosen epoch")
+        narrow = {"seed", "lr", "chosen", "epoch", "auroc", "macro_f1", "loss"}
+        show.table(
+            [{k: str(v) if k == "lr" else v for k, v in r.items() if k in narrow} for r in rows],
+            title=f"{out / known.name}: on the validation split, at the chosen epoch",
+        )
         show.say(
             "each run has a report.html" + next_command(runs[0].recipe.values, out / known.name)
         )

@@ -203,11 +203,10 @@ def _groups(plan: _Plan, heads: Sequence[str] | None) -> dict[str, list[Run]]:
     own = [run for run in fit if _fits(run, plan) and _own(run, plan)]
     others = [] if own or plan.benchmark else fit
     if others and not any(_fits(run, plan) for run in others):
-        _labels(others[0], plan)  # a table that cannot be read says so itself
-        theirs = ", ".join(others[0].facts["classes"])
-        msg = (
-            f"{plan.name}: its labels are none of the classes of the runs in {plan.runs}: {theirs}"
-        )
+        known = set(others[0].recipe.values["data"]["classes"] or others[0].facts["classes"])
+        strange = ", ".join(sorted(set(_labels(others[0], plan).classes) - known))
+        theirs = ", ".join(sorted(known))
+        msg = f"{plan.name}: label {strange} is no class of the runs in {plan.runs}: {theirs}"
         raise DataError(msg)
     groups: dict[str, list[Run]] = {}
     for run in own or [run for run in others if _fits(run, plan)]:
@@ -270,10 +269,10 @@ def _settings(plan: _Plan, head: str) -> tuple[str, list[str]]:
 
 def _how_to_train(plan: _Plan, heads: Sequence[str]) -> str:
     name, given = _settings(plan, heads[0])
-    slides = "null" if plan.slides is None else str(plan.slides)
+    slides = str(plan.slides or ("DIR" if plan.benchmark else "null"))
     sets = [f"data.slides={slides}", *given[1:]]
     shown = " ".join(f"--set {shlex.quote(text)}" for text in sets)
-    note = " (null: features are in the store; else the slides' folder)" if not plan.slides else ""
+    note = " (slides: a folder, or null where features are in the store)" if not plan.slides else ""
     return (
         f"no finished run of {', '.join(heads)} for {plan.name} in {plan.runs}; train with: "
         f"pathcli train --recipe {name} {shown} --out {plan.runs}{note}, or add --train"

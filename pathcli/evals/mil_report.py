@@ -94,7 +94,7 @@ def _sizes(scores: Scores) -> dict[str, Any]:
         f"{scores.unit}s in all": len(set(scores.units)),
     }
     if scores.classes == _TWO:
-        sizes["positive, all seeds"] = int(scores.labels.sum())
+        sizes["positive bags, all seeds"] = int(scores.labels.sum())
     return sizes
 
 
@@ -203,8 +203,9 @@ def _lead(found: Evaluation) -> str:
         kind = f"{shared} of the test slides are of patients or files that were learnt from."
     if found.times is None:
         return f"{kind} How often these slides were read before could not be counted."
-    first = "the first time" if found.times == 1 else f"time {found.times}"
-    return f"{kind} By this store's count it is {first} that they are read as a test."
+    if found.times == 1:
+        return f"{kind} By this store's count none of them was read as a test before."
+    return f"{kind} By this store's count some of them are read as a test for time {found.times}."
 
 
 def _sections(
@@ -252,7 +253,8 @@ def metric_rows(found: Evaluation, numbers: Measurements) -> list[dict[str, Any]
             counts.setdefault(what, {"metric": what})[scores.name] = size
     rows = list(counts.values())
     for name in next(iter(numbers.heads.values())):
-        rows.append({"metric": name})
+        asked = f" (threshold: {found.specificity:g} specificity on validation)"
+        rows.append({"metric": name + asked * (name in _OF_CLASS)})
         for head, of_head in numbers.heads.items():
             spread = of_head[name].spread
             told = f", sd {spread:.3f}" if np.isfinite(spread) else ""

@@ -21,11 +21,11 @@ from pathcli.evals.mil_scores import Scores, Tested
 from pathcli.metrics.classification import threshold_at_specificity
 from pathcli.mil.bags import BagData, Bags, Cohort, look_up, make
 from pathcli.mil.tables import LabelTable, listed, read_labels
-from pathcli.mil.task import load_head, predict_bags
+from pathcli.mil.task import fingerprint, load_head, predict_bags
 from pathcli.recipe import build_part
 from pathcli.runs import chosen
 from pathcli.slides.discovery import discover
-from pathcli.types import DataError, TileSpec, digest
+from pathcli.types import DataError, TileSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pathcli")
 
 Kind = Literal["own", "part", "external"]
+FEW_NEGATIVE, FEW_SITES = 20, 10  # below which thresholds and intervals are called coarse
 FEW = 5  # test patients of a class below which the report warns
 
 
@@ -121,8 +122,10 @@ def score_head(
             warnings.append(msg)
         kind = "part" if known and not own else kind
         tested.append(_score_run(run, cohort, slides, specificity, device))
-    warnings += _few(cohort, tested[0])
+    warnings += _few(cohort, tested)
     unit = "site" if own and group[0].recipe.values["data"]["by"] == "site" else "patient"
+    if unit == "site" and len(sites := {site for t in tested for site in t.sites}) < FEW_SITES:
+        warnings.append(f"only {len(sites)} test sites to draw anew: the intervals are coarse")
     return Scores(name, tuple(tested), cohort, kind, unit, shared, tuple(dict.fromkeys(warnings)))
 
 
@@ -133,18 +136,13 @@ def _overlap(run: Run, cohort: Cohort, slides: Sequence[str]) -> tuple[int, int]
     """
     split, items = run.facts["split"], run.facts["store"]
     learnt = {*split["train"], *split["val"]}
-    files = {_fingerprint(items[slide]) for slide in learnt if slide in items}
-    held = {_fingerprint(items[slide]) for slide in split["test"] if slide in items}
+    files = {fingerprint(items[slide]) for slide in learnt if slide in items}
+    held = {fingerprint(items[slide]) for slide in split["test"] if slide in items}
     patients, rows = set(run.facts["patients"]), cohort.table.by_slide
-    mine = {s: _fingerprint(cohort.keys[s].stem) if s in cohort.keys else "" for s in slides}
+    mine = {s: fingerprint(cohort.keys[s].stem) if s in cohort.keys else "" for s in slides}
     seen = [s for s in slides if s in learnt or rows[s].case in patients or mine[s] in files]
     known = [s for s in slides if s in split["test"] or mine[s] in held]
     return len(seen), len(known)
-
-
-def _fingerprint(stem: str) -> str:
-    """Return the digits of a slide's content in `<name>-<digits>@<mpp>`: a file may be renamed."""
-    return stem.rpartition("@")[0].rpartition("-")[2]
 
 
 def _score_run(
@@ -180,31 +178,36 @@ def _threshold(run: Run, specificity: float) -> float | None:
     return threshold_at_specificity(labels, chances[:, 1], specificity)
 
 
-def _few(cohort: Cohort, tested: Tested) -> list[str]:
-    counts = {
-        name: len({p for p, y in zip(tested.patients, tested.labels, strict=True) if y == i})
-        for i, name in enumerate(cohort.table.classes)
-    }
-    few = {name: count for name, count in counts.items() if count < FEW}
-    return [
-        f"only {count} test patients of class {name}: the numbers say little"
-        for name, count in few.items()
-    ]
+def _few(cohort: Cohort, tested: Sequence[Tested]) -> list[str]:
+    """Return warnings of classes with few test patients, and of thresholds on few bags."""
+    warnings = []
+    for i, name in enumerate(cohort.table.classes):
+        pairs = [set(zip(t.patients, t.labels.tolist(), strict=True)) for t in tested]
+        count = min(sum(label == i for _, label in pair) for pair in pairs)
+        if count < FEW:
+            warnings.append(f"only {count} test patients of class {name}: the numbers say little")
+    negative = [t.run.facts["validation"]["labels"].count(0) for t in tested]
+    if len(cohort.table.classes) == 2 and min(negative) < FEW_NEGATIVE:  # noqa: PLR2004
+        warnings.append(
+            f"thresholds rest on {min(negative)} validation bags of {cohort.table.classes[0]}: "
+            "the specificity on test may be far from the one asked for"
+        )
+    return warnings
 
 
 def count_reading(store: Store, heads: Sequence[Scores]) -> int | None:
-    """Note in the store that these test slides were read; return how often they have been.
+    """Note in the store that these test slides were read; return how often one of them has been.
 
     None if it cannot be counted. Another store knows nothing of it.
     """
     slides = sorted({name for scores in heads for t in scores.tested for name in t.names})
-    path, key = store.root / "evaluations.jsonl", digest(slides)
-    line = {"when": time.strftime("%Y-%m-%d %H:%M"), "test": key, "slides": len(slides)}
+    path = store.root / "evaluations.jsonl"
+    line = {"when": time.strftime("%Y-%m-%d %H:%M"), "test": slides}
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         lines = path.read_text(encoding="utf-8").splitlines()
-        return sum(bool(json.loads(text)["test"] == key) for text in lines)
+        return max(Counter(name for text in lines for name in json.loads(text)["test"]).values())
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s: cannot count how often the test slides were read (%s)", path, error)
         return None

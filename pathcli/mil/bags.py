@@ -80,11 +80,18 @@ class BagData:
             allow_leak: only warn of patients in both test and train.
 
         Raises:
-            UsageError: neither `benchmark` nor `labels`.
+            UsageError: neither `benchmark` nor `labels`, or a number out of its range.
         """
         if benchmark is None and labels is None:
             msg = "data.benchmark or data.labels is needed, a table case_id,slide_id,label"
             raise UsageError(msg)
+        wrong = [
+            f"{n} is a share above 0 and below 1"
+            for n, x in (("val", val), ("test", test))
+            if not 0 < x < 1
+        ]
+        if wrong or folds < 2:  # noqa: PLR2004 - one fold has nothing to train on
+            raise UsageError(", ".join(wrong or ["folds must be at least 2"]))
         self.slides, self.benchmark, self.labels = slides, benchmark, labels
         self.target, self.slide_table, self.classes = target, slide_table, classes
         self.splits, self.val, self.test, self.folds = splits, val, test, folds
@@ -128,6 +135,22 @@ class BagData:
                 f"--set 'data.classes={{{', '.join(f'{c}: {c}' for c in table.classes)}}}'"
             )
             raise DataError(msg)
+
+    def check_seeds(self, seeds: Sequence[int]) -> list[str]:
+        """Return a warning when seeds leave folds out; with k-fold, seeds are folds.
+
+        Raises:
+            UsageError: two seeds mean the same fold.
+        """
+        if self.split != "k-fold" or self.splits is not None:
+            return []
+        folds = {(seed - 1) % self.folds for seed in seeds}
+        if len(folds) < len(seeds):
+            every = list(range(1, self.folds + 1))
+            msg = f"k-fold: seed s is fold s of data.folds={self.folds}, so set train.seed={every}"
+            raise UsageError(msg)
+        left = self.folds - len(folds)
+        return [f"k-fold: {left} of {self.folds} folds are not run"] if left else []
 
     def partition(self, seed: int) -> Split:
         """Return train, val and test slides of one seed, with its warnings.

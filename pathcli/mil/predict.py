@@ -18,7 +18,7 @@ from pathcli.metrics.froc import auc_in_lesion, froc
 from pathcli.metrics.statistics import bootstrap
 from pathcli.mil.heatmap import draw_heatmap, extreme_tiles, strip, write_attention_geojson
 from pathcli.mil.lesions import detections, evaluation_lesions, inside
-from pathcli.mil.task import load_head, predict_bags
+from pathcli.mil.task import fingerprint, load_head, predict_bags
 from pathcli.recipe import build_part
 from pathcli.runs import read_run
 from pathcli.slides.annotations import read_lesions
@@ -137,7 +137,7 @@ class Predictor:
             prediction=max(chances, key=lambda name: chances[name]),
             probabilities=chances,
             files=files,
-            warnings=(*made.warnings, *self._scope(lesions)),
+            warnings=(*made.warnings, *self._scope(tiles.item, lesions)),
         )
         if lesions is None:
             return shown
@@ -148,8 +148,12 @@ class Predictor:
             candidates=_candidates(tiles, said.attention * positive, lesions),
         )
 
-    def _scope(self, lesions: list[Any] | None) -> list[str]:
-        scope = []
+    def _scope(self, item: str, lesions: list[Any] | None) -> list[str]:
+        scope, facts = [], self.run.facts
+        learnt = [*facts["split"]["train"], *facts["split"]["val"]]
+        files = {fingerprint(facts["store"][s]) for s in learnt if s in facts["store"]}
+        if item.rpartition("-")[2] in files:
+            scope += ["the run has learnt from this slide: what it says here is no test of it"]
         if self.run.facts["bag"] == "patient":
             scope += [
                 "the run was trained on patients with all their slides; here a slide is alone"

@@ -152,6 +152,7 @@ def label_table(
     notes = (
         *counted("classes without a slide", [name for name in names if name not in seen]),
         *counted("patients with slides of different labels", _mixed(rows)),
+        *counted("classes that differ in case only", _alike(names)),
     )
     ordered = sorted([r.slide, r.case, r.label or "", r.site or "", r.split or ""] for r in rows)
     key = digest({"classes": names, "rows": ordered})
@@ -248,7 +249,7 @@ def read_sheet(path: Path | str, sheet: str | None = None) -> Sheet:
     """
     path = Path(path)
     if not path.is_file():
-        msg = f"{path}: no such file"
+        msg = f"{path}: a folder, not a table" if path.is_dir() else f"{path}: no such file"
         raise DataError(msg)
     read = _excel if path.suffix.lower() in {".xlsx", ".xlsm"} else _delimited
     stripped = ((line, tuple(cell.strip() for cell in cells)) for line, cells in read(path, sheet))
@@ -270,9 +271,11 @@ def _delimited(path: Path, sheet: str | None) -> Iterator[tuple[int, list[str]]]
     if sheet is not None:
         msg = f"{path}: sheet {sheet!r} was asked for, but only XLSX files have sheets"
         raise UsageError(msg)
-    delimiter = "\t" if path.suffix.lower() in {".tsv", ".tab"} else ","
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
+            header = file.readline()
+            delimiter = max(",;\t", key=header.count)  # a spreadsheet's language decides
+            file.seek(0)
             reader = csv.reader(file, delimiter=delimiter)
             for cells in reader:
                 yield reader.line_num, cells
@@ -375,6 +378,12 @@ def _unique(path: Path, rows: Iterable[tuple[int, Row]]) -> tuple[list[Row], tup
             raise DataError(msg)
         again.append(row.slide)
     return [row for _, row in first.values()], counted("repeated rows dropped", again)
+
+
+def _alike(names: Sequence[str]) -> list[str]:
+    """Return names that are equal but for upper and lower case."""
+    counts = Counter(name.casefold() for name in names)
+    return [name for name in names if counts[name.casefold()] > 1]
 
 
 def _mixed(rows: Iterable[Row]) -> list[str]:

@@ -11,11 +11,12 @@ import torch
 from pathcli.metrics.classification import CLASSIFICATION
 from pathcli.mil.bags import Bags
 from pathcli.recipe import build_part
+from pathcli.registry import did_you_mean
 from pathcli.settings import TrainSettings  # noqa: TC001 - builds the section `train`
 from pathcli.slides.tiling import tile_spec
 from pathcli.state import load_trainable
 from pathcli.trainer import Work
-from pathcli.types import Bag, DataError, TileSpec, digest
+from pathcli.types import Bag, DataError, TileSpec, UsageError, digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 
 _WIDE = 1536
+CHOICES = (*CLASSIFICATION, "auroc+f1")
+"""What `train.choose` may name."""
 _IDENTITY = ("classes", "split", "bag", "encoder", "tiles_digest", "features_digest")
 
 
@@ -95,8 +98,13 @@ class MilTask:
         """Keep the parts; nothing is read before `prepare`.
 
         Raises:
-            UsageError: an argument of the head is out of its range.
+            UsageError: an argument of the head is out of its range, `train.choose` names no
+                metric, or two seeds mean one fold.
         """
+        if train.choose not in {None, *CHOICES}:
+            msg = f"train.choose: {train.choose!r} is no validation metric: "
+            raise UsageError(msg + did_you_mean(str(train.choose), list(CHOICES)))
+        self._folds = data.check_seeds(train.seeds)
         head(_WIDE, 2)  # a trial, so that a wrong argument shows before features are made
         self.encoder, self.head, self.data, self.train = encoder, head, data, train
         self.spec = tiles or encoder.native
@@ -165,7 +173,7 @@ class MilTask:
             "features_digest": digest(used),
             "store": {slide: key.stem for slide, key in keys.items()},
             "missing": dict(self.cohort.missing),
-            "warnings": [*table.warnings, *split.warnings],
+            "warnings": [*table.warnings, *split.warnings, *self._folds],
             "bag": self.data.bag,
             "split": {"name": split.name, **{k: list(v) for k, v in split.parts().items()}},
             "train": learn.names,
@@ -205,3 +213,8 @@ def load_head(run: Run, device: str = "cpu") -> Head:
     load_trainable(module, run.folder / "weights.safetensors")
     module.to(device).eval()
     return head
+
+
+def fingerprint(stem: str) -> str:
+    """Return the digits of a slide's content in `<name>-<digits>@<mpp>`: a file may be renamed."""
+    return stem.rpartition("@")[0].rpartition("-")[2]
