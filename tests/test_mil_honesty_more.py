@@ -101,11 +101,12 @@ def test_readings_of_the_same_test_slides_are_counted_whatever_reads_them(
     times = [evaluate(labels, runs[kind], store).times for kind in ("mean", "max", "mean")]
     assert times == [1, 2, 3]
     train(of_head("mean", labels, "train.seed=[2]"), out=tmp_path / "seed 2", store=store)
-    assert evaluate(labels, tmp_path / "seed 2", store).times == 1
+    # the other seed's split shares slides with the first: those are read once more
+    assert evaluate(labels, tmp_path / "seed 2", store).times == 4
     found = evaluate(labels, runs["max"], store)
-    assert found.times == 4
+    assert found.times == 5
     assert len((store.root / "evaluations.jsonl").read_text().splitlines()) == 5
-    assert "it is time 4 that they are read" in page_of(found, tmp_path / "out")
+    assert "read as a test for time 5" in page_of(found, tmp_path / "out")
 
 
 def test_a_count_that_cannot_be_written_or_read_is_not_the_first(
@@ -373,3 +374,12 @@ def test_two_perfect_heads_differ_by_nothing_with_a_bound() -> None:
     (row,) = compare([head(labels, labels * 1.0), head(labels, labels * 2.0)], 20)
     assert (row["auroc_difference"], row["p"]) == (0, 1)
     assert row["low"] < 0 < row["high"]
+
+
+def test_seeds_are_folds_and_each_once(store: Store, tmp_path: Path) -> None:
+    labels = planted(store, tmp_path / "labels.csv")
+    folds = ("data.split=k-fold", "data.folds=3")
+    with pytest.raises(UsageError, match=r"set train.seed=\[1, 2, 3\]"):
+        train(of_head("mean", labels, *folds, "train.seed=[1,4]"), out=tmp_path, store=store)
+    (run,) = train(of_head("mean", labels, *folds, "train.seed=[3]"), out=tmp_path, store=store)
+    assert "k-fold: 2 of 3 folds are not run" in run.facts["warnings"]

@@ -299,3 +299,15 @@ def test_a_run_on_patients_warns_that_a_slide_is_alone(
     patient = Run(trained.folder, trained.recipe, trained.metrics, {"facts": facts})
     shown = Predictor(patient, Store(home / "store"), out=tmp_path)(home / "new.tif")
     assert any("a slide is alone" in text for text in shown.warnings)
+
+
+def test_a_slide_that_was_learnt_from_is_no_test(home: Path, trained: Run, tmp_path: Path) -> None:
+    ready = Predictor(trained, Store(home / "store"), out=tmp_path)
+    split = trained.facts["split"]
+    learnt, held = (
+        next(p for p in sorted(home.rglob("*.tif")) if p.stem in split[part])
+        for part in ("train", "test")
+    )
+    said = "the run has learnt from this slide"
+    assert any(said in text for text in ready(learnt).warnings)
+    assert not any(said in text for text in ready(held).warnings)

@@ -49,6 +49,16 @@ def test_tabs_a_byte_order_mark_and_windows_lines_change_nothing() -> None:
     assert tabs.digest == marked.digest == expected.digest
 
 
+def test_a_spreadsheet_of_a_land_of_commas_is_read() -> None:
+    expected = read_labels(write("labels.csv", CLAM))
+    assert read_labels(write("semicolons.csv", CLAM.replace(",", ";"))).rows == expected.rows
+
+
+def test_classes_that_differ_in_case_only_are_told() -> None:
+    table = read_labels(write("l.csv", "case_id,slide_id,label\na,a,Tumor\nb,b,tumor\nc,c,n\n"))
+    assert "classes that differ in case only: 2 (Tumor, tumor)" in table.warnings
+
+
 def test_a_spreadsheet_gives_the_same_rows_and_whole_numbers_stay_whole() -> None:
     lines = [["case_id", "slide_id", "label", "site"], [7, "a", 1.0, None], [8, "b", 0, 2.0]]
     path = book("labels.xlsx", notes=[["nothing"], ["here"]], cohort=lines)
