@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathcli.store import Store
     from pathcli.types import Encoder, Key, TileSpec
 
-_OPEN = 128  # bags mapped at a time, each an open file
+_OPEN = 256  # bags mapped at a time, each an open file
 
 Started = Callable[[str], Progress]
 """Called with the name of a part of the work; gives that part's progress callback."""
