@@ -269,7 +269,7 @@ def test_a_slide_whose_file_was_replaced_is_not_shown_among_the_errors(
 def test_no_more_bags_are_mapped_at_once_than_may_be(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert bags_module._OPEN == 128
+    assert bags_module._OPEN <= 256  # two lists of them stay below the usual limit of 1,024 files
     monkeypatch.setattr(bags_module, "_OPEN", 3)
     labels = planted(store, tmp_path / "labels.csv", 8)
     table_ = read_labels(labels)
