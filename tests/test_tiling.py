@@ -370,3 +370,12 @@ def test_a_fluorescence_slide_says_so(data: Path, store: Store) -> None:
     assert "fluorescence" in run.warnings[0]
     spec = replace(tile_spec(tissue="none"))
     assert len(tile(data / "slides" / "fluorescence-dapi.ndpi", store=store, spec=spec).tiles) > 50
+
+
+def test_a_resolution_far_from_the_headers_is_told_at_once(
+    slide_path: Path, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    tile(slide_path, store=store, mpp=0.3, overview=False)
+    assert not caplog.text
+    tile(slide_path, store=store, mpp=0.2, overview=False)
+    assert "0.2 um per pixel was given, its header says 0.5" in caplog.text

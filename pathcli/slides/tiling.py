@@ -24,7 +24,7 @@ from pathcli.slides.tissue import (
     parameters_of,
 )
 from pathcli.store import Store
-from pathcli.types import Tiles, TileSpec, UsageError
+from pathcli.types import MPP_RANGE, Tiles, TileSpec, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -135,6 +135,9 @@ def tile_slide(
     start = time.perf_counter()
     source = mpp_source if mpp is not None else "header"
     used = slide_mpp(slide, mpp)
+    known = slide.info.mpp
+    if known and MPP_RANGE[0] <= known <= MPP_RANGE[1] and not 0.5 <= used / known <= 2:  # noqa: PLR2004
+        log.warning("%s: %g um per pixel was given, its header says %g", slide.path, used, known)
     empty = _tiles(slide, spec, used, np.zeros((0, 2), np.int32))
     cached = empty.key in store.tiles
     tissue = None
