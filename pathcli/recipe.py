@@ -283,13 +283,13 @@ class _Check:
             if given.get(name) == ASKED:
                 self.asked.append(path)
             elif name in given:
-                adapter = _adapter(_hint(factory, parameter.annotation))
+                adapter = TypeAdapter(_hint(factory, parameter.annotation))
                 arguments[name] = self._typed(path, adapter, given[name])
                 resolved[name] = _plain(adapter, arguments[name])
             elif parameter.default is inspect.Parameter.empty:
                 self.faults.append(f"{path}: missing")
             else:
-                adapter = _adapter(_hint(factory, parameter.annotation))
+                adapter = TypeAdapter(_hint(factory, parameter.annotation))
                 resolved[name] = _plain(adapter, parameter.default)
         extra = {name: value for name, value in given.items() if name not in takes}
         resolved.update(extra)
@@ -362,10 +362,6 @@ def _plainly(reason: str) -> str:
     for word, ours in words.items():
         reason = reason.replace(word, ours)
     return reason[:1].lower() + reason[1:]
-
-
-def _adapter(hint: Any) -> TypeAdapter[Any]:  # noqa: ANN401
-    return TypeAdapter(hint)
 
 
 def _plain(adapter: TypeAdapter[Any], value: Any) -> Any:  # noqa: ANN401

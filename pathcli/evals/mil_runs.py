@@ -21,7 +21,7 @@ from pathcli.evals.mil_scores import Scores, Tested
 from pathcli.metrics.classification import threshold_at_specificity
 from pathcli.mil.bags import BagData, Bags, Cohort, look_up, make
 from pathcli.mil.tables import LabelTable, listed, read_labels
-from pathcli.mil.task import fingerprint, load_head, predict_bags
+from pathcli.mil.task import fingerprint, load_head, predict_bags, run_encoder
 from pathcli.recipe import build_part
 from pathcli.runs import chosen
 from pathcli.slides.discovery import discover
@@ -83,11 +83,7 @@ def find_features(
     spec = TileSpec.from_json(run.facts["tiles"])
     if slides is None:
         return look_up(table, store, run.facts["encoder"], spec)
-    encoder = build_part(run.recipe, "encoder")()
-    if encoder.id != run.facts["encoder"]:
-        msg = f"{run.folder} wants features of {run.facts['encoder']}, here is {encoder.id}"
-        raise DataError(msg)
-    embedder = Embedder(encoder, store, device=device)
+    embedder = Embedder(run_encoder(run), store, device=device)
     return make(table, discover([str(slides)]), embedder, spec, progress)
 
 

@@ -186,9 +186,6 @@ class BagData:
         """Return which slides of the table have features, making them where slides are given."""
         if self.slides is None:
             return look_up(self.table, store, encoder.id, spec)
-        if "://" not in str(self.slides) and not self.slides.exists():
-            msg = f"data.slides: {self.slides}: no such folder or list"
-            raise ResourceError(msg)
         return make(
             self.table,
             discover([str(self.slides)]),

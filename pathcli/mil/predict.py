@@ -18,8 +18,7 @@ from pathcli.metrics.froc import auc_in_lesion, froc
 from pathcli.metrics.statistics import bootstrap
 from pathcli.mil.heatmap import draw_heatmap, extreme_tiles, strip, write_attention_geojson
 from pathcli.mil.lesions import detections, evaluation_lesions, inside
-from pathcli.mil.task import fingerprint, load_head, predict_bags
-from pathcli.recipe import build_part
+from pathcli.mil.task import fingerprint, load_head, predict_bags, run_encoder
 from pathcli.runs import read_run
 from pathcli.slides.annotations import read_lesions
 from pathcli.slides.overlay import save_png
@@ -92,13 +91,7 @@ class Predictor:
         self.device = pick_device(device)
         self.head = load_head(run, self.device)
         self.spec = TileSpec.from_json(run.facts["tiles"])
-        built: Encoder = encoder or build_part(run.recipe, "encoder")()
-        if built.id != run.facts["encoder"]:
-            msg = (
-                f"{run.folder} was trained on features of {run.facts['encoder']}, here is "
-                f"{built.id}: other weights, preprocessing or precision"
-            )
-            raise DataError(msg)
+        built = run_encoder(run, encoder)
         self.embedder = Embedder(built, store or Store(), device=self.device)
 
     def __call__(

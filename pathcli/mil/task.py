@@ -193,12 +193,29 @@ def validate(module: Classifier, bags: Bags) -> dict[str, float]:
     said = list(predict_bags(module.head, bags, module.device))
     chances, labels = np.stack([p.probabilities for p in said]), bags.labels
     found = {name: measure(labels, chances) for name, measure in CLASSIFICATION.items()}
-    true = torch.from_numpy(chances)[torch.arange(len(labels)), torch.from_numpy(labels)]
-    found["loss"] = float(-torch.log(true.clamp_min(1e-12)).mean())
+    true = chances[np.arange(len(labels)), labels]
+    found["loss"] = float(-np.log(np.maximum(true, 1e-12)).mean())
     return found | {"auroc+f1": found["auroc"] + found["macro_f1"]}
 
 
 # --- finished runs -----------------------------------------------------------------------
+
+
+def run_encoder(run: Run, encoder: Encoder | None = None) -> Encoder:
+    """Return the encoder whose features a run reads: its recipe's, or the one given.
+
+    Raises:
+        DataError: what is here is not the encoder the run was trained on.
+        ResourceError: its weights are not here.
+    """
+    built: Encoder = encoder or build_part(run.recipe, "encoder")()
+    if built.id != run.facts["encoder"]:
+        msg = (
+            f"{run.folder} was trained on features of {run.facts['encoder']}, here is "
+            f"{built.id}: other weights, preprocessing or precision"
+        )
+        raise DataError(msg)
+    return built
 
 
 def load_head(run: Run, device: str = "cpu") -> Head:
