@@ -1,0 +1,1 @@
+"""Every image-text and classification format in and out; class texts."""
