@@ -32,6 +32,7 @@ format: install
 bench: install
 	$(BIN)/python benchmarks/embedding.py
 	$(BIN)/python benchmarks/mil_training.py
+	$(BIN)/python benchmarks/training.py
 
 clean:
 	rm -rf .venv build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -12,19 +12,24 @@ import logging
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import set_seed
 
+from pathcli import processes
+from pathcli.batches import Batches
+from pathcli.board import require_tensorboard
 from pathcli.charts import Line, chart
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.recipe import Recipe, build, resolve_recipe
 from pathcli.report import Section, html_page, json_text, metric, pairs, versions
 from pathcli.store import Store
 from pathcli.store.files import write_bytes
 from pathcli.trainer import Loop, Work
-from pathcli.types import DataError, Progress, Report, ResourceError, UsageError
+from pathcli.types import Progress, Report
 from pathcli.yaml12 import parse_yaml
 
 if TYPE_CHECKING:
@@ -190,7 +195,9 @@ def train(
 ) -> list[Run]:
     """Train every seed and learning rate of a recipe, each in its own folder below `out`.
 
-    Finished runs are kept as they are, a stopped one goes on.
+    Finished runs are kept as they are, a stopped one goes on. Under torchrun or accelerate
+    launch every process calls this with the same arguments and gets the same runs; the first
+    one writes them and tells progress, so `out` must be a folder that all can read.
 
     Args:
         recipe: what to train.
@@ -204,9 +211,12 @@ def train(
         DataError: the data cannot be trained on.
         ResourceError: weights, features or the device are not here.
     """
-    started = progress or (lambda _: _silent)
+    processes.join(device)
+    started = progress if progress and not processes.rank() else (lambda _: _silent)
     task = build(recipe)
     settings: TrainSettings = task.train
+    if settings.tensorboard:
+        require_tensorboard()
     planned: list[tuple[Path, Recipe]] = []
     for seed in settings.seeds:
         for rate in settings.rates:
@@ -215,7 +225,8 @@ def train(
             one = recipe.with_values(**{"train.seed": seed, "train.lr": rate})
             planned.append((folder, resolve_recipe(one)))
             _refuse_another(*planned[-1])
-    task.prepare(store or Store(), device=device, progress=started)
+    with processes.first_alone():
+        task.prepare(store or Store(), device=device, progress=started)
     return [
         _train_one(
             task,
@@ -238,9 +249,9 @@ def try_batch(recipe: Recipe, *, store: Store | None = None) -> dict[str, Any]:
     task.prepare(store or Store(), device="cpu", progress=lambda _: _silent)
     set_seed(task.train.seeds[0])
     work: Work = task.begin(task.train.seeds[0])
-    rows = range(min(task.train.batch, len(work.examples)))
+    piece, *_ = Batches(work.examples, work.collate, task.train)[0, 0]
     work.module.train()
-    loss = work.module.loss(work.collate([work.examples[i] for i in rows]))  # type: ignore[operator]
+    loss = work.module.loss(piece)  # type: ignore[operator]
     weights = sum(p.numel() for p in work.module.parameters() if p.requires_grad)
     seen = {"examples": len(work.examples), "trainable weights": weights, "loss": loss.item()}
     seen |= {k: len(v) for k, v in work.facts.items() if isinstance(v, list) or k == "missing"}
@@ -265,24 +276,30 @@ def _train_one(
         if there.provenance["data"] != work.identity:
             msg = f"{folder} was trained on other labels, splits or features; give another --out"
             raise UsageError(msg)
-        log.info("%s: is there already", folder)
+        if not processes.rank():
+            log.info("%s: is there already", folder)
         return there
-    saved = folder / "recipe.yaml"
-    write_bytes(saved, recipe.to_yaml().encode(), lambda _: None, "--out")
+    if not processes.rank():
+        text = recipe.to_yaml().encode()
+        write_bytes(folder / "recipe.yaml", text, lambda _: None, "--out")
     loop = Loop(work, settings, folder, device)
     loop.run(progress)
     loop.save_weights()
     facts = {
         "seconds": round(time.monotonic() - began, 1),
         "device": str(loop.accelerator.device),
+        "processes": processes.ranks(),
         "chosen_epoch": loop.best_epoch,
         "epochs": loop.epochs_done,
         "steps": loop.step,
         "examples": len(work.examples),
         "data": work.identity,
-        "facts": {**work.facts, **work.conclude()},
+        "facts": {**work.facts, **loop.conclude()},
     }
-    return finish_run(folder, recipe, loop.best, loop.lines, facts)
+    with processes.first_alone():
+        if not processes.rank():
+            finish_run(folder, recipe, loop.best, loop.lines, facts)
+    return read_run(folder)
 
 
 def _refuse_another(folder: Path, recipe: Recipe) -> None:
@@ -292,6 +309,8 @@ def _refuse_another(folder: Path, recipe: Recipe) -> None:
         (folder / n).exists() for n in ("state", "report.json", "metrics.jsonl")
     ):
         there = parse_yaml(saved.read_text(encoding="utf-8"), str(saved))
+        with suppress(UsageError):  # what an earlier version did not know has its default
+            there = resolve_recipe(Recipe(recipe.name, dict(there), "")).values
         if there != recipe.values:
             msg = (
                 f"{folder} holds a run of another recipe ({_difference(there, recipe.values)}); "

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 
-from pathcli.types import DataError, ResourceError
+from pathcli.errors import DataError, ResourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 
 def trainable_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return what training changes: parameters with a gradient, and buffers beside them."""
+    """Return what training changes: parameters with a gradient, and buffers beside them.
+
+    Weights that processes share out are whole again in each of them, which all have to ask.
+    """
     state = {name: p for name, p in module.named_parameters() if p.requires_grad}
     kept = set(module.state_dict())
     for prefix, part in module.named_modules():
@@ -25,7 +29,7 @@ def trainable_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
             beside = part.named_buffers(prefix, recurse=False)
             state.update({name: buffer for name, buffer in beside if name in kept})
     return {  # contiguous, as safetensors wants it
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        name: _whole(value.detach()).cpu().clone(memory_format=torch.contiguous_format)
         for name, value in state.items()
     }
 
@@ -58,7 +62,83 @@ def fill(module: torch.nn.Module, saved: Mapping[str, torch.Tensor], source: str
         )
         msg = f"{source}: weights of another module (first difference: {differ[0]})"
         raise DataError(msg)
-    module.load_state_dict(saved, strict=False)
+    here = module.state_dict()
+    module.load_state_dict({n: _like(value, here[n]) for n, value in saved.items()}, strict=False)
+
+
+def _whole(value: Any) -> Any:  # noqa: ANN401 - an optimiser keeps numbers too
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return a whole tensor, or this process's part of it where the target is shared out."""
+    if not hasattr(target, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - not in every PyTorch
+
+    value = value.to(target.device)
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return an optimiser's state with whole tensors; all processes have to ask."""
+    state: dict[str, Any] = optimizer.state_dict()
+    whole = {i: {k: _whole(v) for k, v in kept.items()} for i, kept in state["state"].items()}
+    return {**state, "state": whole}
+
+
+def fill_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Put back what `optimizer_state` returned, in as many processes as there are now."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    parts = {
+        i: {k: _like(v, params[i]) if v.shape == params[i].shape else v for k, v in kept.items()}
+        for i, kept in saved["state"].items()
+    }
+    optimizer.load_state_dict({**saved, "state": parts})
+
+
+class Average:
+    """The running mean of the trained weights: decay * mean + (1 - decay) * weights, each step.
+
+    It begins at the first weights and is not corrected for that.
+    """
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        """Begin at the weights as they are."""
+        self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.means = {name: p.detach().clone() for name, p in self.named.items()}
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take one step's weights in."""
+        for name, value in self.named.items():
+            self.means[name].lerp_(value, 1 - self.decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the means into the module for a while."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, value in self.named.items():
+            kept = value.clone()
+            value.copy_(self.means[name])
+            self.means[name].copy_(kept)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the means, whole, on the CPU; all processes have to ask."""
+        return {name: _whole(value).cpu() for name, value in self.means.items()}
+
+    def fill(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state` returned."""
+        for name, value in self.means.items():
+            value.copy_(_like(saved[name], value))
 
 
 def random_state() -> dict[str, Any]:

@@ -1,8 +1,13 @@
 """One loop for every task: a module that returns its loss in, trained weights on disk out.
 
 A task's module has `loss(batch) -> scalar`; what of it requires a gradient is trained and
-saved. Learning rate and order of examples are functions of the step alone, so that a
-resumed run goes through the same numbers as one that was never stopped.
+saved. Learning rate, order and content of the batches are functions of the step alone, so
+that a resumed run goes through the same numbers as one that was never stopped.
+
+Read `Loop` from top to bottom: `run` goes through epochs, `_epoch` through optimiser steps,
+`_gradient` through what one batch adds to a step, `_judge` through what follows an epoch.
+Several processes run this same loop, each on its share of every batch; what they must agree
+on goes through `pathcli.processes`, and the first of them alone writes.
 """
 
 from __future__ import annotations
@@ -13,23 +18,35 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device, set_seed
 from safetensors.torch import save as save_tensors
 
-from pathcli.device import pick_device
+from pathcli import processes
+from pathcli.batches import Batches, as_list
+from pathcli.board import Board, require_tensorboard
+from pathcli.errors import DataError, UsageError
+from pathcli.gradient_cache import cached_backward
 from pathcli.registry import did_you_mean
-from pathcli.settings import TrainSettings, learning_rate, order
-from pathcli.state import fill, random_state, set_random_state, trainable_state
+from pathcli.settings import TrainSettings, learning_rate
+from pathcli.state import (
+    Average,
+    fill,
+    fill_optimizer,
+    optimizer_state,
+    random_state,
+    set_random_state,
+    trainable_state,
+)
 from pathcli.store.files import write_bytes
-from pathcli.types import DataError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
     from pathlib import Path
 
     from pathcli.types import Progress
@@ -39,7 +56,6 @@ log = logging.getLogger("pathcli")
 Metrics = Mapping[str, float]
 LOG_EVERY = 100  # steps
 SAVE_SECONDS, SAVE_EPOCH_SECONDS = 60.0, 2.0  # at most this often, amid an epoch and after one
-_PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -48,39 +64,53 @@ class Work:
 
     `identity` names the data: a stopped run goes on with the same data only.
 
-    `module.loss(batch)` is called with `collate` of a list of examples; `validate` returns
-    metrics of the module as it stands. `facts` go into `provenance.json`, and so does what
-    `conclude` returns once the chosen weights are back in the module.
+    `module.loss(batch)` is called with `collate` of a list of examples, in which tensors (in
+    lists, tuples and dictionaries) have come to the device. All that `collate` draws comes
+    from the generator it is given, which follows from seed, epoch and batch; it may run in a
+    worker. For `train.chunk` the module has `embed(batch)`, a tuple of tensors with a row for
+    each example, and `loss_of(*embeddings)`, too, and `collate` makes one piece at a time.
+
+    `validate` returns metrics of the module as it stands; all processes call it, with all the
+    weights, and the first one's answer counts. `facts` go into `provenance.json`, and so does
+    what `conclude` returns once the chosen weights are back in the module.
     """
 
     module: torch.nn.Module
     examples: Sequence[Any]
     validate: Callable[[], Metrics] | None = None
-    collate: Callable[[list[Any]], Any] = list
+    collate: Callable[[list[Any], np.random.Generator], Any] = as_list
     identity: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     conclude: Callable[[], Mapping[str, Any]] = dict
 
 
 def parameter_groups(module: torch.nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
-    """Return the optimiser's groups: biases and norms (fewer than 2 dimensions) do not decay."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    decays = [p for p in trained if settings.decay_all or p.ndim > 1]
-    rest = [p for p in trained if not (settings.decay_all or p.ndim > 1)]
-    groups = [(decays, settings.weight_decay), (rest, 0.0)]
-    return [{"params": part, "weight_decay": decay} for part, decay in groups if part]
+    """Return the optimiser's groups: biases and norms (fewer than 2 dimensions) do not decay.
+
+    Where weights are shared out, those of one number, which are not, stay apart.
+    """
+    kinds: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for p in (p for p in module.parameters() if p.requires_grad):
+        kind = (settings.shard == "full" and not p.ndim, not settings.decay_all and p.ndim < 2)  # noqa: PLR2004
+        kinds.setdefault(kind, []).append(p)
+    return [
+        {"params": kinds[kind], "weight_decay": 0.0 if kind[1] else settings.weight_decay}
+        for kind in sorted(kinds)
+    ]
 
 
-class _Step(torch.nn.Module):
-    """Calls `loss` through `forward`, which is what data-parallel wrappers see."""
+class _Inside(torch.nn.Module):
+    """Calls any function of the module through `forward`, which is where wrappers look.
+
+    Within it the weights are whole and precision is set, however many processes there are.
+    """
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
         self.module = module
 
-    def forward(self, batch: Any) -> torch.Tensor:  # noqa: ANN401 - the task's own batch
-        loss: torch.Tensor = self.module.loss(batch)  # type: ignore[operator]
-        return loss
+    def forward(self, call: Callable[..., Any], *given: Any) -> Any:  # noqa: ANN401
+        return call(*given)
 
 
 class Loop:
@@ -92,29 +122,34 @@ class Loop:
         """Put the module on the device and the optimiser on the module; call `set_seed` before.
 
         Raises:
-            UsageError: a list of seeds or rates; a loop trains one.
+            UsageError: a list of seeds or rates; a loop trains one. A batch that cannot be
+                shared out.
             DataError: no example to train on.
-            ResourceError: the device is not here.
+            ResourceError: the device, or an extra that was asked for, is not here.
         """
         (self.lr,), (self.seed,) = _one(settings.rates), _one(settings.seeds)
         self.work, self.settings, self.folder = work, settings, folder
-        if not len(work.examples):
-            msg = "there is no example to train on"
-            raise DataError(msg)
-        self.accelerator = accelerator(settings, device)
-        step = _Step(work.module)
+        if settings.tensorboard:
+            require_tensorboard()
+        self.accelerator = processes.accelerator(settings, device)
+        rank, ranks = processes.rank(), processes.ranks()
+        self.feed = Batches(work.examples, work.collate, settings, rank=rank, ranks=ranks)
+        self.batches = self.feed.count
+        self.updates = math.ceil(self.batches / settings.accumulate)
+        self.inside = processes.spread(_Inside(work.module), self.accelerator, settings.shard)
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         groups = parameter_groups(work.module, settings)
         fused = self.accelerator.device.type in {"cpu", "cuda"}
-        optimizer = kind(groups, lr=self.lr, betas=settings.betas, fused=fused)
-        self.step_module, self.optimizer = self.accelerator.prepare(step, optimizer)
+        optimizer = kind(groups, lr=self.lr, betas=settings.betas, eps=settings.eps, fused=fused)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.average = None if settings.ema is None else Average(work.module, settings.ema)
         self.step = self.epochs_done = self.stale = 0
         self.total, self.count = torch.zeros((), device=self.accelerator.device), 0
         self.best: dict[str, float] = {}
         self.best_epoch, self.best_state = 0, trainable_state(work.module)
         self.lines: list[dict[str, Any]] = []
-        self.batches = math.ceil(len(work.examples) / settings.batch)
-        self.updates = math.ceil(self.batches / settings.accumulate)
+        self.board: Board | None = None
+        self._draw_apart()
 
     @property
     def steps(self) -> int:
@@ -124,71 +159,93 @@ class Loop:
     def run(self, progress: Progress, stop_after: int | None = None) -> bool:
         """Train to the end, or for `stop_after` steps; return whether the end was reached."""
         self._resume()
+        if self.settings.tensorboard and not processes.rank():
+            self.board = Board(self.folder, self.step)
         saved = time.monotonic()
-        while self.epochs_done < self.settings.epochs and not self._exhausted():
-            for _ in self._epoch(self.epochs_done):
-                progress(self.step, self.steps)
-                if stop_after is not None and self.step >= stop_after:
-                    self.save_state()
-                    return False
-                if time.monotonic() - saved > SAVE_SECONDS:
+        with (
+            closing(self._stream()) as stream,
+            closing(self.board) if self.board else nullcontext(),
+        ):
+            while self.epochs_done < self.settings.epochs and not self._exhausted():
+                for _ in self._epoch(stream):
+                    progress(self.step, self.steps)
+                    if stop_after is not None and self.step >= stop_after:
+                        self.save_state()
+                        return False
+                    if processes.told(time.monotonic() - saved > SAVE_SECONDS):
+                        self.save_state()
+                        saved = time.monotonic()
+                self.epochs_done += 1
+                self._judge()
+                if processes.told(time.monotonic() - saved > SAVE_EPOCH_SECONDS):
                     self.save_state()
                     saved = time.monotonic()
-            self.epochs_done += 1
-            self._judge()
-            if time.monotonic() - saved > SAVE_EPOCH_SECONDS:
-                self.save_state()
-                saved = time.monotonic()
         return True
 
     def _exhausted(self) -> bool:
         return self.settings.patience is not None and self.stale >= self.settings.patience
 
-    def _epoch(self, epoch: int) -> Iterator[int]:
+    def _stream(self) -> Generator[list[Any]]:
+        """Yield all batches that are not trained on yet, each in its pieces."""
+        done = self.step - self.epochs_done * self.updates
+        on_gpu = self.accelerator.device.type == "cuda"
+        return self.feed.stream(self.epochs_done, done * self.settings.accumulate, pinned=on_gpu)
+
+    def _epoch(self, stream: Iterator[list[Any]]) -> Iterator[int]:
         """Make the optimiser steps of one epoch that are not made yet; yield after each."""
-        self.step_module.train()
-        done = self.step - epoch * self.updates
-        loader = self._loader(epoch, done * self.settings.accumulate)
-        for number, batch in enumerate(loader, start=1 + done * self.settings.accumulate):
-            together = self.settings.accumulate
-            ends = number % together == 0 or number == self.batches
-            together = min(together, self.batches - (number - 1) // together * together)
+        self.inside.train()
+        for update in range(self.step - self.epochs_done * self.updates, self.updates):
             rate = learning_rate(self.settings, self.lr, self.step, self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            with self.accelerator.autocast():
-                loss = self.step_module(batch)
-            self.accelerator.backward(loss / together)
-            self.total, self.count = self.total + loss.detach(), self.count + 1
-            if not ends:
-                continue
+            together = min(
+                self.settings.accumulate, self.batches - update * self.settings.accumulate
+            )
+            for left in reversed(range(together)):
+                loss = self._gradient(next(stream), 1 / together, last=not left)
+                self.total, self.count = self.total + loss, self.count + 1
+            processes.join_scalars(self.inside)
             if self.settings.clip:
-                self.accelerator.clip_grad_norm_(self.step_module.parameters(), self.settings.clip)
+                self.accelerator.clip_grad_norm_(self.inside.parameters(), self.settings.clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
+            if self.average:
+                self.average.update()
             self.step += 1
-            if self.step % LOG_EVERY == 0 or self.step == (epoch + 1) * self.updates:
-                self._note(epoch, rate)
+            if self.step % LOG_EVERY == 0 or update == self.updates - 1:
+                self._note(rate)
             yield self.step
 
-    def _loader(self, epoch: int, start: int) -> Iterator[Any]:
-        """Yield the batches of one epoch from batch `start` on."""
-        size, indices = self.settings.batch, order(self.seed, epoch, len(self.work.examples))
-        cut = [indices[i : i + size] for i in range(0, len(indices), size)][start:]
-        if not self.settings.workers:
-            for rows in cut:
-                yield self.work.collate([self.work.examples[i] for i in rows])
-            return
-        yield from torch.utils.data.DataLoader(
-            self.work.examples,  # type: ignore[arg-type]  # a sequence is a map-style data set
-            batch_sampler=cut,
-            collate_fn=self.work.collate,
-            num_workers=self.settings.workers,
-            generator=torch.Generator().manual_seed(self.seed + epoch),
+    def _gradient(self, pieces: list[Any], weight: float, *, last: bool) -> torch.Tensor:
+        """Add one batch's gradient to the step's, `weight` times; return its loss, detached.
+
+        With the `last` one the processes' gradients are averaged.
+        """
+        if self.accelerator.device.type != "cpu":
+            pieces = send_to_device(pieces, self.accelerator.device, non_blocking=True)
+        if self.settings.chunk is None:
+            with processes.sync(self.inside, last):
+                loss: torch.Tensor = self._call(self.work.module.loss, pieces[0])  # type: ignore[arg-type]
+                self.accelerator.backward(loss * weight)
+            return loss.detach()
+        return cached_backward(
+            self._call,
+            self.work.module,
+            pieces,
+            backward=lambda loss: self.accelerator.backward(loss * weight),
+            sync=lambda on: processes.sync(self.inside, on),
+            last=last,
         )
 
-    def _note(self, epoch: int, rate: float) -> None:
-        loss = float(self.total) / self.count
+    def _call(self, function: Callable[..., Any], *given: Any) -> Any:  # noqa: ANN401
+        """Call a function where the module's weights are whole, in the run's precision."""
+        with self.accelerator.autocast():
+            return self.inside(function, *given)
+
+    def _note(self, rate: float) -> None:
+        """Keep a line with the mean loss, over all processes, since the last one."""
+        told = processes.all_of(float(self.total))
+        loss = sum(told) / len(told) / self.count
         self.total, self.count = torch.zeros_like(self.total), 0
         if not math.isfinite(loss):
             msg = (
@@ -196,26 +253,36 @@ class Loop:
                 "train.clip=1.0, or train.precision=float32"
             )
             raise DataError(msg)
-        self.lines.append({"step": self.step, "epoch": epoch + 1, "lr": rate, "loss": loss})
+        self._keep({"step": self.step, "epoch": self.epochs_done + 1, "lr": rate, "loss": loss})
+
+    def _keep(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        if self.board:
+            self.board.write(line)
 
     def _judge(self) -> None:
-        """Validate, keep the weights if they are the best so far, and save where we are."""
-        found: dict[str, float] = {}
-        if self.work.validate:
-            self.step_module.eval()
-            with torch.no_grad(), self.accelerator.autocast():
-                found = dict(self.work.validate())
-            known = {n: value if math.isfinite(value) else None for n, value in found.items()}
-            self.lines.append(
-                {"step": self.step, "epoch": self.epochs_done}
-                | {f"val_{name}": value for name, value in known.items()}
-            )
-        if self._better(found):
-            self.best, self.best_epoch, self.stale = found, self.epochs_done, 0
-            self.best_state = trainable_state(self.work.module)
-        else:
-            self.stale += 1
+        """Validate, keep the weights if they are the best so far, and write how it went."""
+        with self.average.in_place() if self.average else nullcontext():
+            found = self._validated()
+            if self._better(found):
+                self.best, self.best_epoch, self.stale = found, self.epochs_done, 0
+                self.best_state = trainable_state(self.work.module)
+            else:
+                self.stale += 1
         self._write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in self.lines).encode())
+
+    def _validated(self) -> dict[str, float]:
+        if not self.work.validate:
+            return {}
+        self.inside.eval()
+        with torch.no_grad():
+            found: dict[str, float] = processes.told(dict(self._call(self.work.validate)))
+        known = {n: value if math.isfinite(value) else None for n, value in found.items()}
+        self._keep(
+            {"step": self.step, "epoch": self.epochs_done}
+            | {f"val_{name}": value for name, value in known.items()}
+        )
+        return found
 
     def _better(self, found: Metrics) -> bool:
         name = self.settings.choose
@@ -228,7 +295,8 @@ class Loop:
         return not self.best or _rank(found, name) > _rank(self.best, name)
 
     def _write(self, name: str, data: bytes) -> None:
-        write_bytes(self.folder / name, data, lambda _: None, "--out")
+        if not processes.rank():
+            write_bytes(self.folder / name, data, lambda _: None, "--out")
 
     def save_weights(self) -> None:
         """Write the chosen weights, and put them back into the module."""
@@ -236,24 +304,30 @@ class Loop:
         self.work.module.eval()
         self._write("weights.safetensors", save_tensors(self.best_state))
 
+    @torch.no_grad()
+    def conclude(self) -> Mapping[str, Any]:
+        """Return what the work concludes; call after `save_weights`."""
+        if not processes.is_shared_out(self.inside):
+            return self.work.conclude()
+        found: Mapping[str, Any] = self.inside(self.work.conclude)
+        return found
+
+    # --- stopping and going on -----------------------------------------------------------
+
     def save_state(self) -> None:
-        """Write everything that `_resume` needs."""
+        """Write everything that `_resume` needs; all processes have to call it."""
         scaler = self.accelerator.scaler
         state = {
             "identity": self.work.identity,
+            "updates": self.updates,
             "module": trainable_state(self.work.module),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
+            "average": self.average.state() if self.average else {},
             "scaler": scaler.state_dict() if scaler else {},
-            "step": self.step,
-            "epochs_done": self.epochs_done,
-            "stale": self.stale,
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "best_state": self.best_state,
-            "total": self.total.cpu(),
-            "count": self.count,
+            **{name: getattr(self, name) for name in _KEPT},
             "lines": json.dumps(self.lines),
-            "rng": random_state(),
+            "totals": processes.all_of(self.total.cpu()),
+            "rng": processes.all_of(random_state()),
         }
         memory = io.BytesIO()
         torch.save(state, memory)
@@ -270,34 +344,45 @@ class Loop:
         except Exception as error:  # many kinds, all of them mean a damaged file
             msg = f"{path}: damaged ({type(error).__name__}); remove it to start the run again"
             raise DataError(msg) from error
-        log.info("%s: going on from step %d of %d", self.folder, self.step, self.steps)
+        if not processes.rank():
+            log.info("%s: going on from step %d of %d", self.folder, self.step, self.steps)
 
     def _restore(self, state: dict[str, Any], source: str) -> None:
         if state["identity"] != self.work.identity:
             msg = f"{source}: labels, splits or features have changed since; give another --out"
             raise DataError(msg)
+        if state["updates"] != self.updates:
+            msg = (
+                f"{source}: an epoch had {state['updates']} steps in as many processes as there "
+                f"were, and has {self.updates} now; start as many as before"
+            )
+            raise DataError(msg)
         fill(self.work.module, state["module"], source)
-        self.optimizer.load_state_dict(state["optimizer"])
+        fill_optimizer(self.optimizer, state["optimizer"])
+        if self.average:
+            self.average.fill(state["average"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        for name in ("step", "epochs_done", "stale", "best", "best_epoch", "best_state"):
+        for name in _KEPT:
             setattr(self, name, state[name])
-        self.total, self.count = state["total"].to(self.accelerator.device), state["count"]
         self.lines = json.loads(state["lines"])
-        set_random_state(state["rng"])
+        rank, totals = processes.rank(), state["totals"]
+        alike = len(totals) == processes.ranks()
+        self.total = totals[rank] if alike else torch.stack(totals).mean()
+        self.total = self.total.to(self.accelerator.device)
+        if rank < len(state["rng"]):
+            set_random_state(state["rng"][rank])
+        else:  # a process that was not there: any numbers, but always the same
+            self._draw_apart()
+
+    def _draw_apart(self) -> None:
+        """Let every process but the first draw random numbers of its own, from this step on."""
+        if rank := processes.rank():
+            drawn = np.random.SeedSequence([self.seed, rank, self.step]).generate_state(1)
+            set_seed(int(drawn[0]))
 
 
-def accelerator(settings: TrainSettings, device: str) -> Accelerator:
-    """Return accelerate's handle on a device and a precision; several in one process are fine."""
-    device = pick_device(device)
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)
-    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - one per process, else
-    found = Accelerator(cpu=device == "cpu", mixed_precision=_PRECISIONS[settings.precision])
-    if found.num_processes > 1:
-        msg = "training in several processes is not there yet; start one a seed: train.seed=[1]"
-        raise UsageError(msg)
-    return found
+_KEPT = ("step", "epochs_done", "stale", "best", "best_epoch", "best_state", "count")
 
 
 def _one(values: list[Any]) -> tuple[Any]:

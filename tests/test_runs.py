@@ -18,12 +18,13 @@ from conftest import Run as Call
 from safetensors.torch import load_file
 
 from pathcli import registry, trainer
+from pathcli.errors import DataError, PathcliError, ResourceError, UsageError
 from pathcli.recipe import Recipe, build, list_recipes, load_recipe, resolve_recipe
 from pathcli.runs import Run, find_runs, read_run, train, try_batch
 from pathcli.settings import TrainSettings
 from pathcli.store import Store
 from pathcli.trainer import Loop, Work
-from pathcli.types import DataError, PathcliError, Progress, ResourceError, UsageError
+from pathcli.types import Progress
 
 FILES = {
     "recipe.yaml",
@@ -54,15 +55,15 @@ class Tiny:
     begun: ClassVar[list[int]] = []
     identity: ClassVar[str] = "these labels"
 
-    def __init__(self, *, train: TrainSettings, model: TinyModel) -> None:
-        self.train, self.model = train, model
+    def __init__(self, *, train: TrainSettings, line: TinyLine) -> None:
+        self.train, self.line = train, line
 
     def prepare(self, store: Store, *, device: str, progress: Callable[[str], Progress]) -> None:
         progress("reading")(1, 1)
 
     def begin(self, seed: int) -> Work:
         self.begun.append(seed)
-        module = Slope(self.model.width)
+        module = Slope(self.line.width)
 
         def validate() -> dict[str, float]:
             loss = float(module.loss([1.0, 2.0]))
@@ -80,7 +81,7 @@ class Tiny:
         )
 
 
-class TinyModel:
+class TinyLine:
     """A section without a kind."""
 
     def __init__(self, *, width: int = 2) -> None:
@@ -96,7 +97,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def recipe(**given: Any) -> Recipe:
     made = {"epochs": 3, "lr": 0.05, "choose": "score"} | given
-    return Recipe("tiny", {"version": 1, "task": "tiny", "model": {}, "train": made})
+    return Recipe("tiny", {"version": 1, "task": "tiny", "line": {}, "train": made})
 
 
 def contents(folder: Path) -> set[str]:
@@ -142,7 +143,7 @@ def test_a_run_holds_what_it_is_rebuilt_from_and_nothing_else(tmp_path: Path) ->
     assert contents(run.folder) == FILES
     moved = read_run(run.folder.rename(tmp_path / "elsewhere"))
     assert moved.recipe.values == resolve_recipe(recipe(seed=1)).values
-    assert build(moved.recipe).model.width == 2
+    assert build(moved.recipe).line.width == 2
     assert moved.recipe.name == "tiny"
     assert moved.metrics == run.metrics
     assert set(moved.metrics) == {"score", "loss"}  # what was undefined is left out
@@ -175,8 +176,7 @@ def test_the_report_shows_curves_and_recipe_and_loads_nothing(tmp_path: Path) ->
 
 
 def test_a_run_that_validates_nothing_has_a_report_too(tmp_path: Path) -> None:
-    (run,) = train(recipe(choose=None, epochs=1), out=tmp_path)
-    assert run.standing[0] == 0.0
+    assert train(recipe(choose=None, epochs=1), out=tmp_path)[0].standing[0] == 0.0
 
 
 # --- what is trained again, and what is not ----------------------------------------------
@@ -214,7 +214,7 @@ def test_a_finished_run_on_other_data_is_refused(
     [
         ({"train.epochs": 4}, "train.epochs: 3 there, 4 here"),
         ({"train.betas": [0.8, 0.9]}, r"train.betas: \[0.9, 0.999\] there, \[0.8, 0.9\] here"),
-        ({"model.width": 3}, "model.width: 2 there, 3 here"),
+        ({"line.width": 3}, "line.width: 2 there, 3 here"),
     ],
 )
 def test_a_run_of_another_recipe_is_refused_and_left_alone(
@@ -227,6 +227,15 @@ def test_a_run_of_another_recipe_is_refused_and_left_alone(
     assert "another --out" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert (run.folder / "recipe.yaml").read_bytes() == before
+
+
+def test_a_run_of_a_version_that_knew_fewer_settings_is_the_same_recipes(tmp_path: Path) -> None:
+    (run,) = train(recipe(), out=tmp_path)
+    path = run.folder / "recipe.yaml"
+    path.write_text(path.read_text().replace("  ema: null\n", ""))
+    assert train(recipe(), out=tmp_path)[0].metrics == run.metrics
+    with pytest.raises(UsageError, match=r"another recipe \(train.ema: None there, 0.5 here"):
+        train(recipe(ema=0.5), out=tmp_path)
 
 
 def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
@@ -351,7 +360,7 @@ def miniature(name: str, path: Path) -> list[str]:
     return [line.split(",")[1] for line in lines[1:]]
 
 
-@pytest.mark.parametrize("name", [r.name for r in list_recipes()])
+@pytest.mark.parametrize("name", [r.name for r in list_recipes() if r.values["task"] == "mil"])
 def test_a_shipped_recipe_stopped_after_two_steps_ends_with_equal_weights(
     name: str, fake: type, store: Store, tmp_path: Path
 ) -> None:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pathcli.errors import UsageError
 from pathcli.settings import TrainSettings, learning_rate, order
-from pathcli.types import UsageError
 
 
 def test_a_cosine_rises_linearly_and_falls_to_the_floor() -> None:
@@ -40,6 +40,19 @@ def test_a_line_falls_evenly_and_a_constant_stays() -> None:
     flat = TrainSettings(schedule="constant", min_lr=0.5, warmup=0.5)
     assert [learning_rate(flat, 2.0, k, 4) for k in range(4)] == [1.0, 2.0, 2.0, 2.0]
     assert learning_rate(TrainSettings(), 2.0, 0, 1) == 2.0  # a run of one step
+
+
+def test_steps_fall_every_so_many_epochs_of_the_run_to_the_floor() -> None:
+    made = TrainSettings(epochs=8, schedule="step", step_epochs=2, gamma=0.5, min_lr=0.3)
+    rates = [learning_rate(made, 2.0, k, 24) for k in range(24)]  # three steps an epoch
+    assert rates == [2.0] * 6 + [1.0] * 6 + [0.5] * 6 + [0.3] * 6
+
+
+def test_a_warm_up_of_so_many_steps_rises_from_its_own_rate() -> None:
+    made = TrainSettings(schedule="constant", warmup_steps=4, warmup_lr=1.0)
+    assert [learning_rate(made, 3.0, k, 6) for k in range(6)] == [1.5, 2.0, 2.5, 3.0, 3.0, 3.0]
+    share = TrainSettings(schedule="constant", warmup=0.5, warmup_lr=1.0)
+    assert [learning_rate(share, 3.0, k, 8) for k in range(4)] == [1.5, 2.0, 2.5, 3.0]
 
 
 @given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 300))
@@ -71,6 +84,15 @@ def test_every_seed_and_epoch_has_an_order_of_its_own() -> None:
         ({"clip": 0.0}, "clip must be positive, or null"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
         ({"workers": -1}, "workers must be at least 0"),
+        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"step_epochs": 0}, "step_epochs must be at least 1"),
+        ({"gamma": 0.0}, "gamma must be above 0"),
+        ({"eps": 0.0}, "eps must be positive"),
+        ({"ema": 1.0}, "ema is a decay"),
+        ({"warmup_lr": -1.0}, "warmup_lr must be at least 0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
+        ({"warmup": 0.1, "warmup_steps": 3}, "warmup and warmup_steps say the same"),
+        ({"shard": "full", "precision": "float16"}, "shard=full trains in float32"),
     ],
 )
 def test_what_no_run_could_do_is_refused(given: dict[str, Any], said: str) -> None:

@@ -16,10 +16,10 @@ import torch
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
 
+from pathcli.errors import DataError, PathcliError, ResourceError, UsageError
 from pathcli.settings import TrainSettings, order
 from pathcli.state import load_trainable, trainable_state
 from pathcli.trainer import Loop, Work
-from pathcli.types import DataError, PathcliError, ResourceError, UsageError
 
 Weights = dict[str, torch.Tensor]
 
@@ -306,16 +306,17 @@ HOW = {
     "accumulating": {"accumulate": 3, "batch": 2, "clip": 0.5},
     "bfloat16": {"precision": "bfloat16", "batch": 4},
     "chosen, patient": {"choose": "score", "patience": 2, "epochs": 6},
+    "averaged": {"ema": 0.8, "choose": "score", "schedule": "step", "warmup": 0.0},
+    "workers": {"workers": 2, "batch": 3, "epochs": 2},
 }
 
 
 def work() -> Work:
-    """Return a run in which torch's, numpy's and Python's random numbers all matter."""
+    """Return a run in which torch's random numbers and the batch's own matter."""
     module = Regression(dropout=0.5)
 
-    def collate(rows: list[Any]) -> list[Any]:
-        noise = torch.tensor([np.random.normal(), random.gauss(0, 1), random.random()])  # noqa: NPY002, S311
-        return [(x + 0.1 * noise.float(), y) for x, y in rows]
+    def collate(rows: list[Any], rng: np.random.Generator) -> list[Any]:
+        return [(x + 0.1 * torch.tensor(rng.normal(size=3)).float(), y) for x, y in rows]
 
     def validate() -> dict[str, float]:
         value = float(module.loss(examples()))
