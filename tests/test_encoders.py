@@ -10,8 +10,8 @@ import pytest
 
 from pathcli.encoders import build_encoder
 from pathcli.encoders.clip import architecture_of, architectures, published_normalisation
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.torchvision_guard import guard_torchvision
-from pathcli.types import DataError, ResourceError, UsageError
 
 TINY = {
     "embed_dim": 16,

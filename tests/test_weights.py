@@ -1,15 +1,19 @@
 import hashlib
+import json
 import subprocess
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pathcli import weights
-from pathcli.types import DataError, ResourceError, UsageError
-from pathcli.weights import Hub, Wheel, fetch
+from pathcli.errors import DataError, ResourceError, UsageError
+from pathcli.registry import names
+from pathcli.weights import CARDS, Hub, Wheel, fetch
 
 BODY = b"weights" * 100
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -79,6 +83,80 @@ def test_without_the_hub_the_error_names_the_command() -> None:
     with pytest.raises(ResourceError, match="hf download some/where"):
         fetch(Hub("some/where"))
     assert weights.find("pathgen-clip") is None
+
+
+def test_a_gated_repository_is_met_with_where_to_agree_and_what_to_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    def refuse(*_: object, **__: object) -> str:
+        raise GatedRepoError.__new__(GatedRepoError)  # its response is of no interest here
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(ResourceError) as caught:
+        fetch("conch")
+    assert str(caught.value) == (
+        "MahmoodLab/conch asks for your agreement: accept it at https://huggingface.co/"
+        "MahmoodLab/conch, then run: hf auth login && hf download MahmoodLab/conch "
+        "pytorch_model.bin"
+    )
+
+
+def test_what_lies_beside_a_hub_file_comes_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def download(repo: str, name: str, **_: object) -> str:
+        asked.append(f"{repo}/{name}")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert fetch(Hub("a/b", "w.bin", beside=("c.json",))) == tmp_path / "w.bin"
+    assert asked == ["a/b/c.json", "a/b/w.bin"]
+
+
+def test_a_folder_gives_the_first_of_the_files_wanted(tmp_path: Path) -> None:
+    (tmp_path / "b.bin").write_bytes(b"")
+    assert weights.local(tmp_path, "a.bin", "b.bin") == tmp_path / "b.bin"
+    assert weights.local(tmp_path) == tmp_path
+    assert weights.local(tmp_path / "b.bin", "a.bin") == tmp_path / "b.bin"
+    with pytest.raises(ResourceError, match=r"holds no a\.bin or c\.bin"):
+        weights.local(tmp_path, "a.bin", "c.bin")
+
+
+def test_cards_of_encoders_and_only_those_say_that_they_are_encoders() -> None:
+    registered = {n for n in CARDS if n.partition(":")[0] in names("encoder")}
+    assert {n for n, c in CARDS.items() if c.what.split(": ")[0].endswith("encoder")} == registered
+    assert all(c.licence and ": " in c.what for c in CARDS.values())
+
+
+def test_models_tell_encoders_from_parts(run: Run) -> None:
+    kinds = {m["name"]: m["kind"] for m in json.loads(run("models", "list", "--json")[1])["models"]}
+    assert {kinds[n] for n in ("lite0", "uni")} == {"encoder"}
+    assert {kinds[n] for n in ("plip", "quilt-net:B-16", "conch")} == {"image-text encoder"}
+    assert {kinds[n] for n in ("minilm", "minilm-tokenizer")} == {"part of mini-clip"}
+    assert kinds["openai-clip-b16"] == "start of training"
+    told = json.loads(run("models", "info", "minilm", "--json")[1])
+    assert told["licence"] == "Apache-2.0"
+    assert told["what"] == "all-MiniLM-L6-v2, sentences to 384-d"
+    assert "encoder id" not in told
+    assert "gated" in run("models", "info", "conch")[1]
+
+
+def test_an_encoder_that_is_here_says_how_long_its_texts_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    (tmp_path / "w.bin").write_bytes(b"weights")
+    monkeypatch.setattr("pathcli.encoders.conch.fetch", lambda _: tmp_path / "w.bin")
+    monkeypatch.setattr(weights, "find", lambda _: tmp_path / "w.bin")
+    told = json.loads(run("models", "info", "conch", "--json")[1])
+    assert told["texts"] == "up to 128 tokens"
+    assert told["tiles"].startswith("448 px at 0.5 um")
 
 
 def test_an_unknown_model_is_met_with_the_nearest() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pathcli.cli import options as o
+
+if TYPE_CHECKING:
+    from pathcli.weights import Card
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="A name that `models list` prints.")]
@@ -24,23 +27,28 @@ def list_models(json: o.Json = False) -> None:
     from pathcli.weights import CARDS, find  # noqa: PLC0415
 
     rows = [
-        {"name": name, "here": bool(find(name)), "licence": c.licence, "what": c.what}
+        {"name": name, "here": bool(find(name)), "licence": c.licence, **_split(c.what)}
         for name, c in CARDS.items()
     ]
     if json:
         show.as_json({"models": rows})
         return
     show.table([row | {"here": "yes" if row["here"] else "no"} for row in rows])
-    show.say("also: open_clip:ARCH with --checkpoint FILE, hf:FOLDER, timm:NAME")
+    show.say("also: open_clip:ARCH and pallava-plip with --checkpoint FILE, hf:FOLDER, timm:NAME")
+
+
+def _split(what: str) -> dict[str, str]:
+    kind, _, words = what.partition(": ")
+    return {"kind": kind, "what": words}
 
 
 @app.command()
 def info(name: Name, json: o.Json = False) -> None:
     """Say where a model comes from, its licence, and how it is used."""
     from pathcli.cli import show  # noqa: PLC0415
-    from pathcli.weights import card, find  # noqa: PLC0415
+    from pathcli.weights import find  # noqa: PLC0415
 
-    value = _describe(name, card(name), find(name))
+    value = _describe(name, _card(name), find(name))
     if json:
         show.as_json(value)
     else:
@@ -52,15 +60,17 @@ def _describe(name: str, found: Any, path: Any) -> dict[str, Any]:  # noqa: ANN4
 
     from pathcli.registry import names  # noqa: PLC0415
 
-    value = {"name": name, "what": found.what, "licence": found.licence}
+    value = {"name": name, **_split(found.what), "licence": found.licence}
     value |= {"from": type(found.source).__name__.lower(), **asdict(found.source)}
     value["here"] = str(path) if path else f"no; run: pathcli models pull {name}"
-    if path and name in names("encoder"):
+    if path and name.partition(":")[0] in names("encoder"):
         from pathcli.encoders import build_encoder  # noqa: PLC0415
 
         encoder = build_encoder(name)
         native = f"{encoder.native.size_px} px at {encoder.native.mpp:g} um per pixel"
         value |= {"encoder id": encoder.id, "tiles": f"{native} ({encoder.native_source})"}
+        if limit := getattr(encoder, "text_limit", None):
+            value["texts"] = f"up to {limit} tokens"
     return value
 
 
@@ -68,10 +78,30 @@ def _describe(name: str, found: Any, path: Any) -> dict[str, Any]:  # noqa: ANN4
 def pull(name: Name, json: o.Json = False) -> None:
     """Fetch a model, check its digest and keep it; nothing is done if it is here."""
     from pathcli.cli import show  # noqa: PLC0415
-    from pathcli.weights import card, fetch  # noqa: PLC0415
+    from pathcli.weights import fetch  # noqa: PLC0415
 
+    licence = _card(name).licence
     path = fetch(name)
     if json:
-        show.as_json({"name": name, "path": str(path), "licence": card(name).licence})
+        show.as_json({"name": name, "path": str(path), "licence": licence})
     else:
-        show.say(f"{name}: {path} ({card(name).licence})")
+        show.say(f"{name}: {path} ({licence})")
+
+
+def _card(name: str) -> Card:
+    """Return what is known of a download.
+
+    Raises:
+        UsageError: there is none of this name, or it is an encoder of the user's own weights.
+    """
+    from pathcli.errors import UsageError  # noqa: PLC0415
+    from pathcli.registry import names  # noqa: PLC0415
+    from pathcli.weights import CARDS, card  # noqa: PLC0415
+
+    if name not in CARDS and name.partition(":")[0] in names("encoder"):
+        msg = (
+            f"{name}: an encoder for which pathcli fetches nothing; embed, zeroshot, probe and "
+            "search take it with weights of your own (--checkpoint FILE, or hf:FOLDER)"
+        )
+        raise UsageError(msg)
+    return card(name)

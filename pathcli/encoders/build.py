@@ -1,15 +1,17 @@
-"""A name in, the encoder out: `lite0`, `open_clip:ViT-B-16`, `hf:FOLDER`, `timm:NAME`."""
+"""A name in, the encoder out: `lite0`, `plip`, `open_clip:ViT-B-16`, `hf:FOLDER`, `timm:NAME`."""
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from pathcli.errors import UsageError
 from pathcli.registry import resolve
-from pathcli.types import Encoder, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from pathcli.types import Encoder, ImageTextEncoder
 
 DEFAULT = "lite0"
 
@@ -39,10 +41,11 @@ def build_encoder(
         given["checkpoint"] = checkpoint
     takes = inspect.signature(factory).parameters
     if "model" in takes:
-        if not what:
+        if what:
+            given["model"] = what
+        elif takes["model"].default is inspect.Parameter.empty:
             msg = f"encoder {family!r} needs to know which: --encoder {family}:NAME"
             raise UsageError(msg)
-        given["model"] = what
     elif what:
         msg = f"encoder {family!r} takes no {':' + what!r}; just --encoder {family}"
         raise UsageError(msg)
@@ -52,3 +55,23 @@ def build_encoder(
             raise UsageError(msg)
     built: Encoder = factory(**given)
     return built
+
+
+def text_encoder(encoder: Encoder) -> ImageTextEncoder:
+    """Return the same encoder, known to read texts as well.
+
+    Raises:
+        UsageError: it has no text tower, or gives patches, which no text can be compared with.
+    """
+    if not hasattr(encoder, "encode_text"):
+        msg = (
+            f"encoder {encoder.name} has no text tower; use --encoder mini-clip, pathgen-clip, "
+            "pathgen-clip-l, plip, quilt-net, conch, pallava-plip, open_clip:ARCH or hf:FOLDER"
+        )
+        raise UsageError(msg)
+    if getattr(encoder, "tokens", False):
+        msg = (
+            f"encoder {encoder.name} gives patches, which texts cannot be compared with: no tokens"
+        )
+        raise UsageError(msg)
+    return cast("ImageTextEncoder", encoder)

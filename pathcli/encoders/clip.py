@@ -1,4 +1,4 @@
-"""open_clip's image towers as encoders: PathGen-CLIP, and any architecture with a checkpoint."""
+"""open_clip's models as encoders: PathGen-CLIP, QuiltNet, any architecture with a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pathcli.encoders.checkpoint import fitting_part, read_state, shape_faults
 from pathcli.encoders.preprocess import (
@@ -20,13 +20,16 @@ from pathcli.encoders.preprocess import (
     encoder_id,
     run,
 )
+from pathcli.encoders.text import run_texts, scale_of
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.registry import did_you_mean
 from pathcli.slides.tiling import tile_spec
 from pathcli.torchvision_guard import guard_torchvision
-from pathcli.types import DataError, ResourceError, UsageError
 from pathcli.weights import fetch, local, sha256
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
 
@@ -43,9 +46,10 @@ def architectures() -> dict[str, dict[str, Any]]:
 
 
 class OpenClipEncoder:
-    """An open_clip image tower: the projected class embedding [d], or patch tokens [t, width].
+    """An open_clip model: images give projected embeddings [d], or patch tokens [t, width].
 
-    The text tower is loaded and checked with it, so that a checkpoint is what it says it is.
+    Texts give embeddings [d] of the same space; both towers are loaded and checked together,
+    so that a checkpoint is what it says it is. An `ImageTextEncoder`.
     """
 
     native_source = "the architecture's input size, at 0.5 um per pixel"
@@ -76,6 +80,7 @@ class OpenClipEncoder:
         self.input_px = int(size if isinstance(size, int) else size[0])
         self.native = tile_spec(self.input_px)
         self.preprocess = Preprocess(self.input_px, *published_normalisation(model))
+        self.text_limit = int(known[model].get("text_cfg", {}).get("context_length", 77))
 
     @cached_property
     def id(self) -> str:
@@ -123,6 +128,7 @@ class OpenClipEncoder:
         if self.tokens:
             network.visual.output_tokens = True
         self.network = network
+        self.logit_scale = scale_of(state.get("logit_scale"))
         blank = torch.zeros(1, self.input_px, self.input_px, 3, dtype=torch.uint8, device=device)
         self.row_shape = tuple(self.encode(blank).shape[1:])
 
@@ -144,6 +150,41 @@ class OpenClipEncoder:
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """See `Encoder.encode`; as open_clip's `encode_image` without normalising."""
         return run(self._tower, images, self.preprocess, self.precision)
+
+    @cached_property
+    def _tokenizer(self) -> Any:  # noqa: ANN401 - open_clip has several, without a base
+        guard_torchvision()
+        import open_clip  # noqa: PLC0415
+
+        try:
+            return open_clip.get_tokenizer(self.model)
+        except (OSError, ValueError) as error:
+            text = architectures()[self.model].get("text_cfg", {})
+            repo = text.get("hf_tokenizer_name", self.model)
+            msg = (
+                f"open_clip:{self.model}: its tokenizer is on the hub, which cannot be reached; "
+                f"on a machine with network run: hf download {repo} and copy the hub cache"
+            )
+            raise ResourceError(msg) from error
+
+    def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """See `ImageTextEncoder.encode_text`; as open_clip's without normalising."""
+
+        def tower(tokens: torch.Tensor) -> torch.Tensor:
+            features: torch.Tensor = self.network.encode_text(tokens, normalize=False)
+            return features
+
+        device = next(self.network.parameters()).device
+        return run_texts(tower, self._tokenizer, texts, device, self.precision)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """See `ImageTextEncoder.count_tokens`."""
+        tokenizer = self._tokenizer
+        whole = getattr(tokenizer, "tokenizer", None)  # transformers' own, where it is one
+        if whole is None:
+            return [len(tokenizer.encode(text)) + 2 for text in texts]  # and start, and end
+        clean = [tokenizer.clean_fn(text) for text in texts]
+        return [len(ids) for ids in whole(clean, verbose=False)["input_ids"]]
 
 
 def published_normalisation(model: str) -> tuple[Triple, Triple, str]:
@@ -242,3 +283,52 @@ class PathGenClipL(PathGenClip):
 
     native_source = "PathGen-CLIP-L's 336 px input; 0.5 um per pixel (20x)"
     published, architecture = "pathgen-clip-l", "ViT-L-14-336"
+
+
+class QuiltNet(OpenClipEncoder):
+    """QuiltNet, ViT-B/32 or B/16, 512-d (Ikezogwo et al. 2023, arXiv:2306.11207; hub wisdomik).
+
+    The activation is that of the `open_clip_config.json` its authors publish beside the
+    weights; without that file it is open_clip's default for the architecture.
+    """
+
+    native_source = "QuiltNet's input size; 0.5 um per pixel (20x), as most pathology encoders use"
+    sizes: ClassVar[dict[str, str]] = {"B-32": "ViT-B-32", "B-16": "ViT-B-16"}
+
+    def __init__(
+        self,
+        *,
+        model: str = "B-32",
+        checkpoint: Path | str | None = None,
+        tokens: bool = False,
+        precision: str = "float32",
+    ) -> None:
+        """Know the architecture; the weights come from the hub unless `checkpoint` is given.
+
+        Raises:
+            UsageError: a size that does not exist.
+        """
+        if model not in self.sizes:
+            msg = f"quilt-net comes as {' and '.join(self.sizes)}, not {model!r}"
+            raise UsageError(msg)
+        super().__init__(
+            model=self.sizes[model], checkpoint=checkpoint, tokens=tokens, precision=precision
+        )
+        self.name = "quilt-net" if model == "B-32" else f"quilt-net:{model}"
+
+    def _file(self) -> Path:
+        if self.checkpoint is None:
+            return fetch(self.name)
+        return local(self.checkpoint, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+    @cached_property
+    def quick_gelu(self) -> bool:  # type: ignore[override]
+        """Whether the published configuration asks for OpenAI's activation."""
+        config = self._file().parent / "open_clip_config.json"
+        if not config.is_file():
+            return False
+        try:
+            return bool(json.loads(config.read_text("utf-8"))["model_cfg"].get("quick_gelu"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            msg = f"{config}: not open_clip's configuration ({error!r})"
+            raise DataError(msg) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pathcli.encoders.preprocess import (
     OPENAI_MEAN,
@@ -15,12 +15,15 @@ from pathcli.encoders.preprocess import (
     encoder_id,
     run,
 )
+from pathcli.encoders.text import run_texts, scale_of
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.slides.tiling import tile_spec
 from pathcli.torchvision_guard import guard_torchvision
-from pathcli.types import DataError
-from pathcli.weights import Hub, fetch, sha256
+from pathcli.weights import Hub, fetch, local, sha256
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
@@ -65,7 +68,10 @@ def _preprocessing(folder: Path) -> dict[str, Any]:
 
 
 class HFClipEncoder:
-    """Image tower of a transformers CLIP: projected embedding [d], or patch tokens [t, width]."""
+    """A transformers CLIP: images give projected embeddings [d], or patch tokens [t, width].
+
+    Texts give embeddings [d] of the same space. An `ImageTextEncoder`.
+    """
 
     native_source = "the folder's own input size, at 0.5 um per pixel"
 
@@ -79,7 +85,8 @@ class HFClipEncoder:
         self.folder = Path(model) if Path(model).is_dir() else fetch(Hub(model))
         self.name = "hf_clip" if Path(model).is_dir() else model.replace("/", "_")
         self.tokens, self.precision = tokens, precision
-        kind = _read_json(self.folder / "config.json").get("model_type")
+        config = _read_json(self.folder / "config.json")
+        kind = config.get("model_type")
         if kind != "clip":
             msg = f"{self.folder}: a {kind!r} model; only transformers' 'clip' is read here"
             raise DataError(msg)
@@ -92,6 +99,9 @@ class HFClipEncoder:
             _RESAMPLE.get(how.get("resample", 3), "unknown"),
         )
         self.native = tile_spec(self.input_px)
+        text = config.get("text_config") or {}
+        self.text_limit = int(text.get("max_position_embeddings", 77))
+        self._words = int(text.get("vocab_size", 49408))
 
     @cached_property
     def id(self) -> str:
@@ -120,11 +130,13 @@ class HFClipEncoder:
             line = (str(error).splitlines() or [type(error).__name__])[0][:120]
             msg = f"{self.folder}: weights cannot be read ({line})"
             raise DataError(msg) from error
-        wrong = [*told["missing_keys"], *told["mismatched_keys"]]
+        missing = set(told["missing_keys"])
+        wrong = [*sorted(missing - {"logit_scale"}), *told["mismatched_keys"]]
         if wrong:
             msg = f"{self.folder}: {len(wrong)} tensors do not fit config.json ({wrong[0]})"
             raise DataError(msg)
         self.network = network.eval().requires_grad_(False).to(device)  # noqa: FBT003
+        self.logit_scale = scale_of(None if "logit_scale" in missing else network.logit_scale)
         blank = torch.zeros(1, self.input_px, self.input_px, 3, dtype=torch.uint8, device=device)
         try:
             self.row_shape = tuple(self.encode(blank).shape[1:])
@@ -147,6 +159,52 @@ class HFClipEncoder:
         """See `Encoder.encode`; as `get_image_features`."""
         return run(self._tower, images, self.preprocess, self.precision)
 
+    @cached_property
+    def _tokenizer(self) -> Any:  # noqa: ANN401 - transformers has no types
+        guard_torchvision()
+        from transformers import AutoTokenizer  # noqa: PLC0415
+
+        kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+        if not any(all((self.folder / name).is_file() for name in kind) for kind in kinds):
+            msg = (
+                f"{self.folder}: no tokenizer in it (tokenizer.json, or vocab.json and merges.txt)"
+            )
+            raise ResourceError(msg)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except Exception as error:  # its readers raise whatever the file provokes
+            msg = f"{self.folder}: its tokenizer cannot be read ({error!s:.120})"
+            raise DataError(msg) from error
+        if len(tokenizer) > self._words:
+            msg = f"{self.folder}: its tokenizer knows {len(tokenizer)} tokens, not {self._words}"
+            raise DataError(msg)
+        return tokenizer
+
+    def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """See `ImageTextEncoder.encode_text`; as `get_text_features`."""
+
+        def tokenise(batch: list[str]) -> Any:  # noqa: ANN401 - transformers has no types
+            return self._tokenizer(
+                batch,
+                padding=True,
+                truncation=True,
+                max_length=self.text_limit,
+                return_tensors="pt",
+            )
+
+        def tower(tokens: Any) -> torch.Tensor:  # noqa: ANN401 - transformers has no types
+            seen = self.network.text_model(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+            )
+            features: torch.Tensor = self.network.text_projection(seen.pooler_output)
+            return features
+
+        return run_texts(tower, tokenise, texts, self.network.device, self.precision)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """See `ImageTextEncoder.count_tokens`."""
+        return [len(ids) for ids in self._tokenizer(list(texts), verbose=False)["input_ids"]]
+
 
 class PathGenClipLHF(HFClipEncoder):
     """PathGen-CLIP-L in transformers' form (hub jamessyx/pathgenclip-vit-large-patch14-hf)."""
@@ -157,3 +215,44 @@ class PathGenClipLHF(HFClipEncoder):
         """Fetch the folder from the hub, or find it in the hub's cache."""
         super().__init__(model=str(fetch("pathgen-clip-l-hf")), tokens=tokens, precision=precision)
         self.name = "pathgen-clip-l-hf"
+
+
+class Plip(HFClipEncoder):
+    """PLIP, ViT-B/32 at 224 px, 512-d (Huang et al. 2023, Nature Medicine; hub vinid/plip)."""
+
+    native_source = "PLIP's 224 px input; 0.5 um per pixel (20x), as most pathology encoders use"
+    vision: ClassVar[dict[str, int]] = {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "patch_size": 32,
+        "image_size": 224,
+    }
+
+    def __init__(
+        self,
+        *,
+        checkpoint: Path | str | None = None,
+        tokens: bool = False,
+        precision: str = "float32",
+    ) -> None:
+        """Take the hub's folder, or one of one's own.
+
+        Raises:
+            UsageError: the checkpoint is a file.
+            DataError: not a CLIP folder.
+            ResourceError: neither here nor to be had from the hub.
+        """
+        folder = fetch("plip") if checkpoint is None else local(checkpoint)
+        if not folder.is_dir():
+            msg = f"{folder}: plip needs the whole folder, with config.json beside the weights"
+            raise UsageError(msg)
+        super().__init__(model=str(folder), tokens=tokens, precision=precision)
+        self.name = "plip"
+
+    def load(self, device: str) -> None:
+        """See `Encoder.load`."""
+        super().load(device)
+        found = {name: getattr(self.network.config.vision_config, name) for name in self.vision}
+        if found != self.vision:
+            msg = f"{self.folder}: not PLIP's ViT-B/32 but {found}; use --encoder hf:{self.folder}"
+            raise DataError(msg)

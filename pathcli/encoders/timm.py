@@ -1,21 +1,23 @@
-"""timm's networks as encoders, and `lite0`, the one that needs nothing but the package index."""
+"""timm's networks as encoders, UNI, and `lite0`, which needs nothing but the package index."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pathcli.encoders.checkpoint import read_state, shape_faults
 from pathcli.encoders.preprocess import Preprocess, describe, encoder_id, run
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.slides.tiling import tile_spec
 from pathcli.torchvision_guard import guard_torchvision
-from pathcli.types import DataError, ResourceError, UsageError
 from pathcli.weights import Hub, fetch, local, sha256
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class _Backbone:
@@ -40,6 +42,7 @@ class TimmEncoder:
     """Any network of timm by its name, with its published weights or a local checkpoint."""
 
     native_source = "timm's input size, at the 0.5 um per pixel most pathology encoders use"
+    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -103,11 +106,14 @@ class TimmEncoder:
         self.row_shape = tuple(self.encode(blank).shape[1:])
 
     def _network(self) -> torch.nn.Module:
+        guard_torchvision()
         import timm  # noqa: PLC0415
+        import torch  # noqa: PLC0415
 
         state = read_state(self._file())
-        network: torch.nn.Module = timm.create_model(self.model, pretrained=False, num_classes=0)
-        whole: torch.nn.Module = timm.create_model(self.model, pretrained=False)
+        network: torch.nn.Module = timm.create_model(self.model, num_classes=0, **self.options)
+        with torch.device("meta"):
+            whole: torch.nn.Module = timm.create_model(self.model, **self.options)
         head = whole.state_dict().keys() - network.state_dict().keys()
         state = {name: tensor for name, tensor in state.items() if name not in head}
         if faults := shape_faults(state, network):
@@ -159,3 +165,33 @@ class Lite0(TimmEncoder):
         network.load_state_dict(state)
         network.reset_classifier(0)  # type: ignore[operator]
         return network
+
+
+class Uni(TimmEncoder):
+    """UNI, ViT-L/16 with LayerScale, 1024-d, images alone (Chen et al. 2024, Nature Medicine).
+
+    Its weights are gated (hub MahmoodLab/UNI): the hub asks for agreement to its terms.
+    """
+
+    native_source = "UNI's slide tasks: 256 px tiles at 20x, resized to its 224 px input"
+    options: ClassVar[dict[str, Any]] = {"init_values": 1e-5}
+
+    def __init__(
+        self,
+        *,
+        checkpoint: Path | str | None = None,
+        tokens: bool = False,
+        precision: str = "float32",
+    ) -> None:
+        """Know everything but the weights, without importing torch."""
+        self.name = "uni"
+        self.model, self.checkpoint = "vit_large_patch16_224", checkpoint
+        self.tokens, self.precision = tokens, precision
+        self.input_px = 224
+        self.native = tile_spec(256)
+        self.preprocess = Preprocess(self.input_px, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
+
+    def _file(self) -> Path:
+        if self.checkpoint is None:
+            return fetch("uni")
+        return local(self.checkpoint, "model.safetensors", "pytorch_model.bin")
