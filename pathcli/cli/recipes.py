@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -57,8 +58,8 @@ def copy(
 ) -> None:
     """Copy a recipe, comments and all, to change it."""
     from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.errors import UsageError  # noqa: PLC0415
     from pathcli.recipe import load_recipe  # noqa: PLC0415
-    from pathcli.types import UsageError  # noqa: PLC0415
 
     recipe = load_recipe(name)
     path = to or Path(f"{recipe.name}.yaml")
@@ -106,9 +107,16 @@ def check(
         for fault in found.faults:
             show.error(fault)
         for path in found.asked:
-            show.say(f"asks for {path}: give --set {path}=...")
+            show.say(f"asks for {path}{_meant(recipe.text, path)}: give --set {path}=...")
         if not found.faults:
             show.say(f"{recipe.name}: every key and value is right")
         show.table([{"what": k, "value": v} for k, v in tried.items()])
     if found.faults:
         raise typer.Exit(4)
+
+
+def _meant(text: str, path: str) -> str:
+    """Return in brackets what the recipe's comment says of a value it asks for."""
+    key = re.escape(path.rpartition(".")[2])
+    said = re.search(rf"""^.*\b{key}: ["']?\?\?\?.*?#\s*(.+)$""", text, re.MULTILINE)
+    return f" ({said[1]})" if said else ""

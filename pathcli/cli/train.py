@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pathcli.cli import options as o
 from pathcli.cli.recipes import Settings
 
+if TYPE_CHECKING:
+    from pathcli.runs import Run
+
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+COLUMNS = {
+    *("seed", "lr", "chosen", "epoch", "auroc", "macro_f1", "balanced_accuracy"),
+    *("image_to_text_r1", "text_to_image_r1", "itm_accuracy", "loss"),
+}
+"""What the table of runs shows; --json has all."""
 
 
 @app.command()
@@ -31,6 +39,7 @@ def train(
     Finished runs are kept, a stopped one goes on. Epoch and learning rate are chosen on
     validation data; the test split is never read here.
     """
+    from pathcli import processes  # noqa: PLC0415
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.recipe import load_recipe  # noqa: PLC0415
     from pathcli.runs import chosen  # noqa: PLC0415
@@ -43,6 +52,10 @@ def train(
         runs = train_all(
             known, out=out, store=kept, device=device, progress=lambda name: start(0, name)
         )
+    first = not processes.rank()
+    processes.leave()
+    if not first:
+        return
     best = chosen(runs)
     rows = [
         {
@@ -65,18 +78,21 @@ def train(
     if json:
         show.as_json({"runs": rows})
     else:
-        narrow = {"seed", "lr", "chosen", "epoch", "auroc", "macro_f1", "loss"}
         show.table(
-            [{k: str(v) if k == "lr" else v for k, v in r.items() if k in narrow} for r in rows],
+            [{k: str(v) if k == "lr" else v for k, v in r.items() if k in COLUMNS} for r in rows],
             title=f"{out / known.name}: on the validation split, at the chosen epoch",
         )
-        show.say(
-            "each run has a report.html" + next_command(runs[0].recipe.values, out / known.name)
-        )
+        show.say("each run has a report.html" + next_command(best[0], out / known.name))
 
 
-def next_command(values: Mapping[str, Any], folder: Path) -> str:
+def next_command(run: Run, folder: Path) -> str:
     """Return the sentence that says how to test what was trained, where a command does."""
+    values = run.recipe.values
+    if model := run.facts.get("model"):
+        encoder = model.get("encoder", values["model"]["kind"])
+        weights = str(run.folder / "weights.safetensors")
+        given = ["pathcli", "zeroshot", "DATASET", "--encoder", encoder, "--checkpoint", weights]
+        return f"; measure one with: {shlex.join(given)}"
     if values["task"] != "mil":
         return ""
     data = values["data"]
