@@ -14,8 +14,8 @@ import typer
 from typer.core import TyperGroup
 
 from pathcli import __version__
+from pathcli.errors import PathcliError, UsageError
 from pathcli.registry import did_you_mean
-from pathcli.types import PathcliError, UsageError
 
 COMMANDS = {
     "tile": "Cut slides into tiles on tissue, and show where.",
@@ -23,6 +23,9 @@ COMMANDS = {
     "recipes": "List, show, copy and check the recipes that `train` follows.",
     "train": "Train what a recipe describes, one run for every seed.",
     "mil-eval": "Evaluate trained heads on a benchmark or on labels of your own.",
+    "zeroshot": "Tell the classes of labelled images by text alone, and measure how well.",
+    "probe": "Learn classes from an encoder's features of images, and test on other groups.",
+    "search": "Find the tiles of slides that a text describes best.",
     "predict": "Say what a trained run makes of slides, and where it looked.",
     "store": "List, check and clean the feature store.",
     "models": "List, describe and fetch encoders and other downloads.",

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from pathcli.cli import explain, show
+from pathcli.errors import PathcliError
 from pathcli.slides.readers import public_name
-from pathcli.types import PathcliError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

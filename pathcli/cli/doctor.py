@@ -67,7 +67,7 @@ def _software() -> list[dict[str, Any]]:
 
 
 def _store(root: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a path or None
-    from pathcli.types import PathcliError  # noqa: PLC0415
+    from pathcli.errors import PathcliError  # noqa: PLC0415
 
     try:
         opened = o.open_store(root)

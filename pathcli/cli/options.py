@@ -83,7 +83,7 @@ def folder(path: Path | None) -> Path | None:
     Raises:
         ResourceError: there is none.
     """
-    from pathcli.types import ResourceError  # noqa: PLC0415
+    from pathcli.errors import ResourceError  # noqa: PLC0415
 
     if path is not None and not path.is_dir():
         msg = f"{path}: no such folder"
@@ -99,7 +99,8 @@ def check(slide_mpp: float | None, device: str = "auto") -> None:
     """
     import re  # noqa: PLC0415
 
-    from pathcli.types import MPP_RANGE, UsageError  # noqa: PLC0415
+    from pathcli.errors import UsageError  # noqa: PLC0415
+    from pathcli.types import MPP_RANGE  # noqa: PLC0415
 
     if slide_mpp is not None and not MPP_RANGE[0] <= slide_mpp <= MPP_RANGE[1]:
         msg = f"--slide-mpp {slide_mpp:g} is outside {MPP_RANGE[0]:g}-{MPP_RANGE[1]:g} um per pixel"

@@ -75,8 +75,8 @@ def one_run(folder: Path) -> Any:  # noqa: ANN401 - heavy to import
         UsageError: there are several seeds or recipes; the best of each is named.
         ResourceError: there is none.
     """
+    from pathcli.errors import UsageError  # noqa: PLC0415
     from pathcli.runs import chosen, find_runs, read_run  # noqa: PLC0415
-    from pathcli.types import UsageError  # noqa: PLC0415
 
     if (folder / "recipe.yaml").is_file() or not folder.is_dir():
         return read_run(folder)

@@ -80,8 +80,8 @@ def _summary(store: Any) -> dict[str, Any]:  # noqa: ANN401 - typed where it is 
 
 
 def _item(store: Any, item: str) -> dict[str, Any]:  # noqa: ANN401
+    from pathcli.errors import DataError  # noqa: PLC0415
     from pathcli.registry import did_you_mean  # noqa: PLC0415
-    from pathcli.types import DataError  # noqa: PLC0415
 
     cards = store.slides()
     if item not in cards:

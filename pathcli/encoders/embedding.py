@@ -13,23 +13,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pathcli.device import pick_device
+from pathcli.errors import BusyError, DataError, PathcliError, ResourceError
 from pathcli.slides.readers import open_slide
 from pathcli.slides.tiling import TileRun, read_tile, summary, tile_slide
 from pathcli.store import Store
-from pathcli.types import (
-    BusyError,
-    DataError,
-    Encoder,
-    Key,
-    PathcliError,
-    ResourceError,
-    TileStatus,
-)
+from pathcli.types import Encoder, Key, TileStatus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +36,49 @@ log = logging.getLogger("pathcli")
 
 Batch = tuple[int, "ByteArray", "ByteArray"]
 """First row, pixels uint8 [b, s, s, 3], status uint8 [b]."""
+
+
+class Rows(Protocol):
+    """What is embedded row by row: the tiles of a slide, or plain images.
+
+    `name` stands in messages, `side` is the width of a row's pixels, and `max_bad` the share of
+    unreadable rows above which all fail.
+    """
+
+    name: str
+    side: int
+    max_bad: float
+
+    def read(self, row: int) -> ByteArray:
+        """Return uint8 RGB [side, side, 3]; called from several threads at once.
+
+        Raises:
+            DataError: this row cannot be read.
+        """
+        ...
+
+    def gone(self, row: int) -> bool:
+        """Tell whether a row's file is no longer there, so that it is not called unreadable."""
+        ...
+
+
+class SlideRows:
+    """The tiles of a slide."""
+
+    def __init__(self, slide: Slide, tiles: Tiles, max_bad: float) -> None:
+        """Keep what is read."""
+        self.slide, self.tiles, self.max_bad = slide, tiles, max_bad
+        self.name, self.side = str(slide.path), tiles.spec.size_px
+
+    def read(self, row: int) -> ByteArray:
+        """See `Rows.read`."""
+        x, y = self.tiles.xy[row].tolist()
+        return read_tile(self.slide, (x, y), self.tiles.spec, self.tiles.slide_mpp)
+
+    def gone(self, row: int) -> bool:
+        """See `Rows.gone`."""
+        del row
+        return isinstance(self.slide.path, Path) and not self.slide.path.exists()
 
 
 @dataclass(frozen=True)
@@ -118,10 +154,11 @@ class Embedder:
             run = tile_slide(slide, spec or self.encoder.native, self.store, **tiling)
             key = replace(run.tiles.key, encoder=self.encoder.id)
             encoded = 0
+            rows = SlideRows(slide, run.tiles, self.max_bad_tiles)
             if len(run.tiles) and key not in self.store.features:
-                encoded = self._make(slide, run.tiles, key, progress or _silent)
+                encoded = self.fill(rows, run.tiles, key, progress or _silent)
             shape, bad = self.store.features.shape(key) if len(run.tiles) else ((), 0)
-            self._refuse_if_bad(slide, bad, len(run.tiles))
+            _refuse_if_bad(rows, bad, len(run.tiles))
         return EmbedRun(
             tiling=run,
             key=key,
@@ -143,14 +180,6 @@ class Embedder:
         if bad:
             yield f"{bad} of {len(tiles)} tiles cannot be read and have no features"
 
-    def _refuse_if_bad(self, slide: Slide, bad: int, n: int) -> None:
-        if bad > self.max_bad_tiles * n:
-            msg = (
-                f"{slide.path}: {bad} of {n} tiles cannot be read, more than "
-                f"{self.max_bad_tiles:.1%}; is the file whole? (--max-bad-tiles sets the limit)"
-            )
-            raise DataError(msg)
-
     def load(self) -> None:
         """Read the weights onto the device, once; what failed once fails again at once."""
         if self._fault:
@@ -164,34 +193,45 @@ class Embedder:
                 raise
             self._loaded = True
 
-    def _make(self, slide: Slide, tiles: Tiles, key: Key, progress: Progress) -> int:
-        """Fill and publish the entry as its one writer; return how many tiles were encoded."""
+    def fill(self, rows: Rows, tiles: Tiles, key: Key, progress: Progress) -> int:
+        """Fill and publish the entry of `key` as its one writer; return how many were encoded.
+
+        Args:
+            rows: what is read, a row for each of `tiles`.
+            tiles: what the entry says of its rows; at least one.
+            key: where it is kept; its encoder is this one.
+            progress: called with (rows done, rows in all).
+
+        Raises:
+            DataError: too many rows are unreadable.
+            ResourceError: no weights, no space, or another process is embedding it.
+        """
         with self.store.features.lock(key) as held:
             if key in self.store.features:  # another process was faster
                 return 0
             self.load()
             writer = self.store.features.writer(tiles, self.encoder.id, self.encoder.row_shape)
             with writer:
-                encoded = self._fill(slide, tiles, writer, progress)
+                encoded = self._fill(rows, len(tiles), writer, progress)
                 if not held():
-                    msg = f"{slide.path}: another process has taken this slide over meanwhile"
+                    msg = f"{rows.name}: another process has taken this over meanwhile"
                     raise BusyError(msg)
         return encoded
 
-    def _fill(self, slide: Slide, tiles: Tiles, writer: FeatureWriter, progress: Progress) -> int:
-        """Encode what an earlier run did not; return how many tiles."""
+    def _fill(self, rows: Rows, n: int, writer: FeatureWriter, progress: Progress) -> int:
+        """Encode what an earlier run did not; return how many rows."""
         start_s = time.perf_counter()
-        n, bad = len(tiles), writer.resumed_bad
+        bad = writer.resumed_bad
         first = n if writer.resumed == n else writer.resumed // self.batch * self.batch
         progress(first, n)
         if first < n:
             writer.begin(first)
         with ThreadPoolExecutor(self.workers, thread_name_prefix="reader") as pool:
-            for start, pixels, status in self._read(pool, slide, tiles, first):
+            for start, pixels, status in self._read(pool, rows, n, first):
                 try:
                     writer.write(self._encode(pixels, status), status)
                     bad += int((status != TileStatus.OK).sum())
-                    self._refuse_if_bad(slide, bad, n)
+                    _refuse_if_bad(rows, bad, n)
                 except DataError:  # rows of a bad file, or of bad weights, are not to be resumed
                     writer.discard()
                     raise
@@ -199,15 +239,14 @@ class Embedder:
         self._encode_seconds = time.perf_counter() - start_s
         return n - first
 
-    def _read(
-        self, pool: ThreadPoolExecutor, slide: Slide, tiles: Tiles, first: int
-    ) -> Iterator[Batch]:
+    def _read(self, pool: ThreadPoolExecutor, rows: Rows, n: int, first: int) -> Iterator[Batch]:
         """Yield batches in order while the next ones are being read."""
-        starts = iter(range(first, len(tiles), self.batch))
+        starts = iter(range(first, n, self.batch))
         queue: deque[Future[Batch]] = deque()
         try:
             for start in starts:
-                queue.append(pool.submit(self._read_batch, slide, tiles, start))
+                stop = min(start + self.batch, n)
+                queue.append(pool.submit(_read_batch, rows, start, stop))
                 if len(queue) > self.workers + 1:
                     yield queue.popleft().result()
             while queue:
@@ -215,21 +254,6 @@ class Embedder:
         finally:
             for future in queue:
                 future.cancel()
-
-    def _read_batch(self, slide: Slide, tiles: Tiles, start: int) -> Batch:
-        xy = tiles.xy[start : start + self.batch]
-        side = tiles.spec.size_px
-        pixels = np.zeros((len(xy), side, side, 3), np.uint8)
-        status = np.zeros(len(xy), np.uint8)
-        for i, (x, y) in enumerate(xy.tolist()):
-            try:
-                pixels[i] = read_tile(slide, (x, y), tiles.spec, tiles.slide_mpp)
-            except DataError as error:
-                if isinstance(slide.path, Path) and not slide.path.exists():
-                    raise
-                log.debug("unreadable tile: %s", error)
-                status[i] = TileStatus.UNREADABLE
-        return start, pixels, status
 
     def _encode(self, pixels: ByteArray, status: ByteArray) -> NDArray[np.float16]:
         """Return float16 [b, *row_shape]; rows that could not be read are NaN."""
@@ -245,6 +269,29 @@ class Embedder:
             half: NDArray[np.float16] = features.astype(np.float16)
         half[status != TileStatus.OK] = np.nan
         return half
+
+
+def _read_batch(rows: Rows, start: int, stop: int) -> Batch:
+    pixels = np.zeros((stop - start, rows.side, rows.side, 3), np.uint8)
+    status = np.zeros(stop - start, np.uint8)
+    for i in range(stop - start):
+        try:
+            pixels[i] = rows.read(start + i)
+        except DataError as error:
+            if rows.gone(start + i):
+                raise
+            log.debug("unreadable: %s", error)
+            status[i] = TileStatus.UNREADABLE
+    return start, pixels, status
+
+
+def _refuse_if_bad(rows: Rows, bad: int, n: int) -> None:
+    if bad > rows.max_bad * n:
+        msg = (
+            f"{rows.name}: {bad} of {n} tiles cannot be read, more than "
+            f"{rows.max_bad:.1%}; is the file whole? (--max-bad-tiles sets the limit)"
+        )
+        raise DataError(msg)
 
 
 def _silent(done: int, total: int) -> None:

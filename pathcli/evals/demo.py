@@ -12,13 +12,14 @@ import numpy as np
 
 from pathcli.encoders import build_encoder
 from pathcli.encoders.embedding import Embedder, EmbedRun, embed_summary
+from pathcli.errors import DataError
 from pathcli.report import Picture, Section, html_page, json_text, metric, pairs, versions
 from pathcli.slides import discover, open_slide
 from pathcli.slides.overlay import PALETTE, draw_labels, draw_tiles
 from pathcli.slides.tiling import read_tile, tile_spec
 from pathcli.slides.tissue import find_tissue
 from pathcli.store.files import write_bytes
-from pathcli.types import DataError, Report, Tiles, TileStatus
+from pathcli.types import Report, Tiles, TileStatus
 from pathcli.weights import card, fetch
 
 if TYPE_CHECKING:

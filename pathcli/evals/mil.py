@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.evals.mil_runs import count_reading, find_features, score_head, table_for
 from pathcli.mil.benchmarks import BENCHMARKS, Benchmark, benchmark
 from pathcli.mil.tables import read_labels
@@ -20,7 +21,7 @@ from pathcli.recipe import Recipe, load_recipe
 from pathcli.registry import did_you_mean, names
 from pathcli.runs import Run, find_runs, train
 from pathcli.store import Store
-from pathcli.types import DataError, ResourceError, UsageError, digest
+from pathcli.types import digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from pathcli.errors import DataError, PathcliError
 from pathcli.mil.bags import Bags
 from pathcli.mil.heatmap import extreme_tiles, strip
 from pathcli.mil.task import load_head, predict_bags
 from pathcli.report import Picture, Section
 from pathcli.slides.readers import open_slide
-from pathcli.types import DataError, PathcliError
 
 if TYPE_CHECKING:
     from pathcli.evals.mil import Evaluation

@@ -13,6 +13,7 @@ import numpy as np
 from pathcli.charts import Line, chart
 from pathcli.evals.mil_errors import worst_errors
 from pathcli.evals.mil_scores import compare, confusions, mean_curve, measure_all
+from pathcli.evals.patch_report import interval_text
 from pathcli.metrics.calibration import reliability
 from pathcli.report import Section, html_page, json_text, metric, pairs, versions
 from pathcli.runs import git_commit
@@ -235,16 +236,6 @@ def _flow(found: Evaluation) -> Section:
     return Section("Slides: in, out, used", f"Without features: {why}." if why else "", rows=rows)
 
 
-def interval_text(measured: Measured) -> str:
-    """Return a value with its interval, or a word on why there is none."""
-    found = measured.interval
-    if not np.isfinite(found.value):
-        return "not defined"
-    if not np.isfinite(found.low):
-        return f"{found.value:.3f}" + ("" if found.method == "none" else " (no interval)")
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
-
-
 def metric_rows(found: Evaluation, numbers: Measurements) -> list[dict[str, Any]]:
     """Return a row a metric and a column a head: counts, then values with intervals."""
     counts: dict[str, dict[str, Any]] = {}
@@ -256,9 +247,7 @@ def metric_rows(found: Evaluation, numbers: Measurements) -> list[dict[str, Any]
         asked = f" (threshold: {found.specificity:g} specificity on validation)"
         rows.append({"metric": name + asked * (name in _OF_CLASS)})
         for head, of_head in numbers.heads.items():
-            spread = of_head[name].spread
-            told = f", sd {spread:.3f}" if np.isfinite(spread) else ""
-            rows[-1][head] = interval_text(of_head[name]) + told
+            rows[-1][head] = interval_text(of_head[name].interval, of_head[name].spread)
     return rows
 
 

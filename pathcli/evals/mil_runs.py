@@ -17,6 +17,7 @@ import torch
 
 from pathcli.device import pick_device
 from pathcli.encoders.embedding import Embedder
+from pathcli.errors import DataError
 from pathcli.evals.mil_scores import Scores, Tested
 from pathcli.metrics.classification import threshold_at_specificity
 from pathcli.mil.bags import BagData, Bags, Cohort, look_up, make
@@ -25,7 +26,7 @@ from pathcli.mil.task import fingerprint, load_head, predict_bags, run_encoder
 from pathcli.recipe import build_part
 from pathcli.runs import chosen
 from pathcli.slides.discovery import discover
-from pathcli.types import DataError, TileSpec
+from pathcli.types import TileSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

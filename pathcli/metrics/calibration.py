@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pathcli.errors import UsageError
 from pathcli.metrics.classification import Floats, Ints, check_probabilities
-from pathcli.types import UsageError
 
 _BINARY = 2
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pathcli.types import DataError, UsageError
+from pathcli.errors import DataError, UsageError
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.floating[Any]]
@@ -265,6 +265,23 @@ def macro_f1(labels: Ints, predicted: Ints) -> float:
     def mean_f1(table: Ints) -> float:
         total = table.sum(0) + table.sum(1)
         return float((2 * table.diagonal()[total > 0] / total[total > 0]).mean())
+
+    return _over_classes(labels, predicted, mean_f1)
+
+
+def weighted_f1(labels: Ints, predicted: Ints) -> float:
+    """Return the mean F1 over the classes in `labels`, each by its cases; nan without cases.
+
+    A class that is never predicted rightly counts as 0, as in scikit-learn.
+
+    Raises:
+        DataError: see `confusion`.
+    """
+
+    def mean_f1(table: Ints) -> float:
+        cases = table.sum(1)
+        f1 = 2 * table.diagonal() / np.maximum(table.sum(0) + cases, 1)
+        return float((f1 * cases).sum() / cases.sum())
 
     return _over_classes(labels, predicted, mean_f1)
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pathcli.errors import DataError
 from pathcli.metrics.classification import Floats, Ints, auroc, counts_above, shares
-from pathcli.types import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pathcli.errors import DataError, UsageError
 from pathcli.metrics.classification import Floats, Ints, check_scores, placements
-from pathcli.types import DataError, UsageError
 
 Statistic = Callable[[NDArray[np.intp]], float]
 """Row indices (with repeats) in, a number out; nan where it is undefined."""
@@ -25,6 +25,7 @@ Array = NDArray[np.float64]
 
 _NORMAL = NormalDist()
 _NOISE = 1e-12
+_LEFT_OUT = 1000
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,29 @@ class Interval:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Rows of each group, and the groups of each stratum (both as index arrays)."""
+    """Rows ordered by group, each group's first place and size, and the groups of each stratum."""
 
-    rows: list[NDArray[np.intp]]
+    order: NDArray[np.intp]
+    starts: NDArray[np.intp]
+    sizes: NDArray[np.intp]
     strata: list[NDArray[np.intp]]
 
     @property
     def fewest(self) -> int:
         return min(len(stratum) for stratum in self.strata)
 
+    def rows(self, groups: NDArray[np.intp]) -> NDArray[np.intp]:
+        sizes = self.sizes[groups]
+        shift = self.starts[groups] - np.cumsum(sizes) + sizes
+        places = np.repeat(shift, sizes) + np.arange(sizes.sum())
+        return np.asarray(self.order[places], np.intp)
+
     def resample(self, rng: np.random.Generator) -> NDArray[np.intp]:
-        drawn = [stratum[rng.integers(len(stratum), size=len(stratum))] for stratum in self.strata]
-        return np.concatenate([self.rows[g] for g in np.concatenate(drawn)])
+        drawn = [part[rng.integers(len(part), size=len(part))] for part in self.strata]
+        return self.rows(np.concatenate(drawn))
 
     def without(self, group: int) -> NDArray[np.intp]:
-        return np.concatenate(self.rows[:group] + self.rows[group + 1 :])
+        return np.delete(self.order, self.starts[group] + np.arange(self.sizes[group]))
 
 
 def _plan(groups: Sequence[Hashable], strata: Sequence[int] | None) -> _Plan:
@@ -73,17 +82,14 @@ def _plan(groups: Sequence[Hashable], strata: Sequence[int] | None) -> _Plan:
     if not len(groups):
         msg = "there are no rows to resample; look at what was left out and why"
         raise DataError(msg)
-    rows: dict[Hashable, list[int]] = {}
-    for row, group in enumerate(groups):
-        rows.setdefault(group, []).append(row)
-    if strata is None:
-        highest = np.zeros(len(rows))
-    else:
-        highest = np.array([max(strata[row] for row in members) for members in rows.values()])
-    return _Plan(
-        [np.array(members, np.intp) for members in rows.values()],
-        [np.flatnonzero(highest == value) for value in np.unique(highest)],
-    )
+    number: dict[Hashable, int] = {}
+    group_of = np.array([number.setdefault(group, len(number)) for group in groups], np.intp)
+    order, sizes = np.argsort(group_of, kind="stable"), np.bincount(group_of)
+    starts = np.cumsum(sizes) - sizes
+    highest = np.zeros(len(number))
+    if strata is not None:
+        highest = np.maximum.reduceat(np.asarray(strata)[order], starts)
+    return _Plan(order, starts, sizes, [np.flatnonzero(highest == v) for v in np.unique(highest)])
 
 
 def bootstrap(
@@ -101,7 +107,8 @@ def bootstrap(
     `groups` names the independent unit of every row, usually the patient. `strata`, one a row,
     usually the label, keeps the number of groups of each class; a group counts in the highest
     stratum of its rows. A stratum of one group never varies, so its share of the uncertainty is
-    missing. The acceleration is from leaving out one group at a time.
+    missing. The acceleration is from leaving out one group at a time, of a random thousand where
+    there are more.
 
     `limits` is the range the statistic can take, None if it has none. When all replicates
     agree, the interval is the value plus and minus `unseen(k)` of that range, cut to it, where
@@ -119,8 +126,7 @@ def bootstrap(
     """
     _check(replicates, level)
     plan = _plan(groups, strata)
-    result = _evaluate(statistic, plan, replicates, seed)
-    return _interval(result, plan, level, limits)
+    return _interval(_evaluate(statistic, plan, replicates, seed), plan, level, limits)
 
 
 def paired_bootstrap(
@@ -182,11 +188,12 @@ class _Result:
 
 def _evaluate(statistic: Statistic, plan: _Plan, replicates: int, seed: int) -> _Result:
     rng = np.random.default_rng(seed)
-    every = np.sort(np.concatenate(plan.rows))
-    drawn = [statistic(plan.resample(rng)) for _ in range(replicates)]
-    several = range(len(plan.rows)) if len(plan.rows) > 1 else ()
-    left_out = [statistic(plan.without(group)) for group in several]
-    return _Result(float(statistic(every)), np.array(drawn, float), np.array(left_out, float))
+    drawn = np.array([statistic(plan.resample(rng)) for _ in range(replicates)], float)
+    n = len(plan.sizes)
+    left_out = np.full(n, np.nan)
+    for group in rng.permutation(n)[:_LEFT_OUT] if n > 1 else ():
+        left_out[group] = statistic(plan.without(group))
+    return _Result(float(statistic(np.arange(len(plan.order)))), drawn, left_out)
 
 
 def _constant(kept: Array) -> bool:
@@ -196,13 +203,13 @@ def _constant(kept: Array) -> bool:
 def _interval(
     result: _Result, plan: _Plan, level: float, limits: tuple[float, float] | None
 ) -> Interval:
-    value, kept, n = result.value, result.kept, len(plan.rows)
+    value, kept, n = result.value, result.kept, len(plan.sizes)
     dropped = len(result.drawn) - len(kept)
     if math.isnan(value) or n == len(plan.strata) or 2 * dropped > len(result.drawn):
         return Interval(value, math.nan, math.nan, n, level, "undefined", dropped)
     if not _constant(kept):
         influence = [_influence(result.left_out[stratum]) for stratum in plan.strata]
-        low, high = _bca(value, kept, influence, level)
+        low, high = _bca(value, kept, influence, n, level)
         return Interval(value, low, high, n, level, "BCa", dropped)
     if limits is None:
         return Interval(value, value, value, n, level, "constant", dropped)
@@ -217,13 +224,16 @@ def _influence(left_out: Array) -> Array:
     return (len(kept) - 1) * (kept.mean() - kept) / len(kept) if len(kept) else kept
 
 
-def _bca(value: float, drawn: Array, influence: list[Array], level: float) -> tuple[float, float]:
+def _bca(
+    value: float, drawn: Array, influence: list[Array], groups: int, level: float
+) -> tuple[float, float]:
     below, not_above = drawn < value - _NOISE, drawn <= value + _NOISE  # rounding keeps ties ties
     share = (below.mean() + not_above.mean()) / 2
     bias = _NORMAL.inv_cdf(float(np.clip(share, 1 / (len(drawn) + 1), 1 - 1 / (len(drawn) + 1))))
     cubes = sum(float((part**3).sum()) for part in influence)
     squares = sum(float((part**2).sum()) for part in influence)
-    acceleration = cubes / (6 * squares**1.5) if squares > 0 else 0.0
+    tried = sum(len(part) for part in influence) / groups
+    acceleration = math.sqrt(tried) * cubes / (6 * squares**1.5) if squares > 0 else 0.0
 
     def bound(tail: float) -> float:
         z = bias + _NORMAL.inv_cdf(tail)
@@ -361,13 +371,30 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     Raises:
         DataError: successes outside 0..n.
     """
+    share, z = _rate(successes, n), _NORMAL.inv_cdf((1 + level) / 2)
+    if n == 0:
+        return Interval(share, math.nan, math.nan, 0, level, "undefined")
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half), n, level, "Wilson")
+
+
+def clopper_pearson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Return a share with the exact binomial interval (Clopper and Pearson 1934).
+
+    Arguments and errors as in `wilson`; it covers at least `level` whatever the true share is.
+    """
+    from scipy.stats import binomtest  # noqa: PLC0415 - costs a second
+
+    share = _rate(successes, n)
+    if n == 0:
+        return Interval(share, math.nan, math.nan, 0, level, "undefined")
+    low, high = binomtest(successes, n).proportion_ci(level, "exact")
+    return Interval(share, float(low), float(high), n, level, "Clopper-Pearson")
+
+
+def _rate(successes: int, n: int) -> float:
     if not 0 <= successes <= n:
         msg = f"successes must lie in 0..{n}, got {successes}"
         raise DataError(msg)
-    if n == 0:
-        return Interval(math.nan, math.nan, math.nan, 0, level, "undefined")
-    share, z = successes / n, _NORMAL.inv_cdf((1 + level) / 2)
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    low, high = max(0.0, centre - half), min(1.0, centre + half)
-    return Interval(share, low, high, n, level, "Wilson")
+    return successes / n if n else math.nan

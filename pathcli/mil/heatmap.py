@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-from pathcli.slides.geojson import feature, save_features
-from pathcli.slides.overlay import Canvas
+from pathcli.errors import DataError, UsageError
+from pathcli.slides.geojson import feature, save_features, square
+from pathcli.slides.overlay import COLOURS as COLOURS  # noqa: PLC0414 - part of what a heatmap is
+from pathcli.slides.overlay import OUTLINE, Canvas, percentile, value_legend
 from pathcli.slides.tiling import read_tile
-from pathcli.types import DataError, TileStatus, UsageError
+from pathcli.types import TileStatus
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from pathcli.metrics.classification import Floats
     from pathcli.types import ByteArray, Slide, Tiles
 
-COLOURS = "viridis"  # matplotlib's; its middle and top are no colours of haematoxylin and eosin
-OUTLINE = (0, 0, 0)
 _GAP = 4  # px between the tiles of a strip
 
 
@@ -67,13 +66,6 @@ def readable(tiles: Tiles, attention: Floats) -> Tiles:
     return replace(tiles, xy=tiles.xy[ok], status=tiles.status[ok])
 
 
-def percentile(attention: Floats) -> NDArray[np.float64]:
-    """Return the percentile rank, 0..100 [k]: tiles with less attention, and half the equal."""
-    ordered = np.sort(attention)
-    below, to = (np.searchsorted(ordered, attention, side) for side in ("left", "right"))
-    return np.asarray(50 * (below + to) / len(attention))
-
-
 def draw_heatmap(
     slide: Slide,
     tiles: Tiles,
@@ -101,53 +93,13 @@ def draw_heatmap(
     """
     kept = readable(tiles, attention)
     canvas = Canvas(slide, tiles.slide_mpp)
-    total = np.zeros(canvas.pixels.shape[:2])
-    count = np.zeros(canvas.pixels.shape[:2])
-    # corners are whole pixels: only a whole side leaves no gap to the next tile
-    boxes = canvas.boxes(kept, math.ceil(round(tiles.side0, 6)))
-    for (x0, y0, x1, y1), rank in zip(boxes, percentile(attention), strict=True):
-        cell = slice(max(0, y0), max(y1, y0 + 1)), slice(max(0, x0), max(x1, x0 + 1))
-        total[cell] += rank / 100
-        count[cell] += 1
-    covered = count > 0
-    colour = _colours(total[covered] / count[covered])
-    canvas.pixels[covered] = np.rint(
-        canvas.pixels[covered] * (1 - strength) + colour * strength
-    ).astype(np.uint8)
+    canvas.tint(kept, percentile(attention) / 100, strength)
     shapes = list(lesions)
     canvas.outline(shapes, OUTLINE, 3)
     canvas.scale_bar()
-    return np.vstack([canvas.pixels, _legend(canvas.pixels.shape[1], attention, bool(shapes))])
-
-
-def _colours(share: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return RGB 0..255 [k, 3] of shares 0..1 [k], perceptually uniform."""
-    import matplotlib as mpl  # noqa: PLC0415 - slow to import
-
-    return np.asarray(mpl.colormaps[COLOURS](share)[..., :3] * 255)
-
-
-def _legend(width: int, attention: Floats, lesions: bool) -> ByteArray:
-    """Return a white strip [h, width, 3]: what the colours mean, and the raw range."""
-    size = min(26, max(9, width // 45))
-    font = ImageFont.load_default(size=size)
-    pad, bar_w = size, width // 4
-    image = Image.new("RGB", (width, 4 * size), "white")
-    draw = ImageDraw.Draw(image)
-    low = f"low attention ({attention.min():.2g})"
-    high = f"high ({attention.max():.2g})"
-    left = pad + math.ceil(draw.textlength(low, font=font)) + pad
-    bar = np.broadcast_to(_colours(np.linspace(0, 1, bar_w)), (size, bar_w, 3))
-    image.paste(Image.fromarray(np.rint(bar).astype(np.uint8)), (left, size // 2))
-    draw.text((pad, size // 4), low, "black", font)
-    draw.text((left + bar_w + pad, size // 4), high, "black", font)
-    words = "colour: percentile rank of attention among the slide's tiles"
-    draw.text((pad, 9 * size // 4), words, "black", font)
-    if lesions:
-        at = 2 * pad + math.ceil(draw.textlength(words, font=font))
-        draw.line((at, 3 * size, at + 2 * pad, 3 * size), OUTLINE, 3)
-        draw.text((at + 5 * pad // 2, 9 * size // 4), "lesion", "black", font)
-    return np.array(image)
+    outlined = "lesion" if shapes else ""
+    legend = value_legend(canvas.pixels.shape[1], attention, "attention", outlined)
+    return np.vstack([canvas.pixels, legend])
 
 
 def write_attention_geojson(
@@ -169,15 +121,14 @@ def write_attention_geojson(
         ResourceError: the disk is full, or the folder may not be written.
     """
     kept, ranks = readable(tiles, attention), percentile(attention)
-    corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]) * tiles.side0
     features = []
     for row in np.sort(_by_attention(attention)[:most]).tolist():
         named = {
             "attention": float(attention[row]),
             "attention_percentile": round(float(ranks[row]), 4),
         }
-        square = kept.xy[row] + corners
-        features.append(feature([square], bounds, "detection", {"measurements": named}))
+        ring = square(kept.xy[row], tiles.side0)
+        features.append(feature([ring], bounds, "detection", {"measurements": named}))
     save_features(path, features)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import shapely
 from shapely import Polygon
 
-from pathcli.types import DataError, ResourceError
+from pathcli.errors import DataError, ResourceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

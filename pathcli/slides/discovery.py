@@ -13,9 +13,10 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pathcli.errors import DataError
 from pathcli.slides.dicom import series_uid
 from pathcli.slides.readers import IMAGE_SUFFIXES
-from pathcli.types import MPP_RANGE, DataError
+from pathcli.types import MPP_RANGE
 
 SLIDE_SUFFIXES = {
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".zvi"),

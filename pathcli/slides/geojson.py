@@ -81,6 +81,11 @@ def feature(
     }
 
 
+def square(xy: NDArray[Any], side0: float) -> NDArray[np.float64]:
+    """Return the closed ring [5, 2] of a tile: its corner and side in level-0 px."""
+    return xy + side0 * np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]], float)
+
+
 def save_features(path: Path, features: Sequence[Mapping[str, Any]]) -> None:
     """Write features as one GeoJSON collection, whole or not at all.
 

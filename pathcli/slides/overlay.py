@@ -1,4 +1,4 @@
-"""Tiles, masks and cluster labels in, pictures out: overviews fit for a paper."""
+"""Tiles, masks, cluster labels and values in, pictures out: overviews fit for a paper."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 LONG_SIDE = 1600
 CONTOUR = (0, 158, 115)
 GRID = (40, 40, 40)
+OUTLINE = (0, 0, 0)
+COLOURS = "viridis"  # matplotlib's; its middle and top are no colours of haematoxylin and eosin
 PALETTE = (
     *((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167)),
     *((86, 180, 233), (213, 94, 0), (240, 228, 66), (120, 94, 240)),
@@ -70,6 +72,25 @@ class Canvas:
         for shape in shapes:
             rings = [self.place(np.array(r.coords)) for r in (shape.exterior, *shape.interiors)]
             cv2.polylines(self.pixels, rings, True, colour, thickness, cv2.LINE_AA)  # noqa: FBT003
+
+    def tint(self, tiles: Tiles, shares: NDArray[np.floating[Any]], strength: float = 0.5) -> None:
+        """Mix the colours of `shares` 0..1 [k] into the tiles [k]; overlapping ones are averaged.
+
+        `strength` is the share of the colour in the mixture, 0..1.
+        """
+        total = np.zeros(self.pixels.shape[:2])
+        count = np.zeros(self.pixels.shape[:2])
+        # corners are whole pixels: only a whole side leaves no gap to the next tile
+        boxes = self.boxes(tiles, math.ceil(round(tiles.side0, 6)))
+        for (x0, y0, x1, y1), share in zip(boxes, shares, strict=True):
+            cell = slice(max(0, y0), max(y1, y0 + 1)), slice(max(0, x0), max(x1, x0 + 1))
+            total[cell] += share
+            count[cell] += 1
+        covered = count > 0
+        colour = _colours(total[covered] / count[covered])
+        self.pixels[covered] = np.rint(
+            self.pixels[covered] * (1 - strength) + colour * strength
+        ).astype(np.uint8)
 
     def scale_bar(self) -> None:
         """Draw a bar of a round length at the lower left."""
@@ -133,6 +154,49 @@ def draw_labels(
     canvas.outline(polygons(tissue), GRID, 2)  # no colour of a label
     canvas.scale_bar()
     return canvas.pixels
+
+
+def percentile(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Return the percentile rank, 0..100 [k]: those with a lower value, and half the equal."""
+    ordered = np.sort(values)
+    below, to = (np.searchsorted(ordered, values, side) for side in ("left", "right"))
+    return np.asarray(50 * (below + to) / len(values))
+
+
+def _colours(share: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return RGB 0..255 [k, 3] of shares 0..1 [k], perceptually uniform."""
+    import matplotlib as mpl  # noqa: PLC0415 - slow to import
+
+    return np.asarray(mpl.colormaps[COLOURS](share)[..., :3] * 255)
+
+
+def value_legend(
+    width: int, values: NDArray[np.floating[Any]], name: str, outlined: str = "", digits: int = 2
+) -> ByteArray:
+    """Return a white strip [h, width, 3]: what the colours mean, and the range of `values`.
+
+    `name` says what the values are, `outlined` what is outlined in black, where anything is;
+    the range is written with `digits` significant digits.
+    """
+    size = min(26, max(9, width // 45))
+    font = ImageFont.load_default(size=size)
+    pad, bar_w = size, width // 4
+    image = Image.new("RGB", (width, 4 * size), "white")
+    draw = ImageDraw.Draw(image)
+    least, most = (f"{end:.{digits}g}" for end in (values.min(), values.max()))
+    low, high = f"low {name} ({least})", f"high ({most})"
+    left = pad + math.ceil(draw.textlength(low, font=font)) + pad
+    bar = np.broadcast_to(_colours(np.linspace(0, 1, bar_w)), (size, bar_w, 3))
+    image.paste(Image.fromarray(np.rint(bar).astype(np.uint8)), (left, size // 2))
+    draw.text((pad, size // 4), low, "black", font)
+    draw.text((left + bar_w + pad, size // 4), high, "black", font)
+    words = f"colour: percentile rank of {name} among the slide's tiles"
+    draw.text((pad, 9 * size // 4), words, "black", font)
+    if outlined:
+        at = 2 * pad + math.ceil(draw.textlength(words, font=font))
+        draw.line((at, 3 * size, at + 2 * pad, 3 * size), OUTLINE, 3)
+        draw.text((at + 5 * pad // 2, 9 * size // 4), outlined, "black", font)
+    return np.array(image)
 
 
 def save_png(path: Path, pixels: ByteArray) -> None:

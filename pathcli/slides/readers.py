@@ -18,10 +18,11 @@ from urllib.parse import urlsplit
 import cv2
 import numpy as np
 
+from pathcli.errors import DataError, ResourceError
 from pathcli.registry import resolve
 from pathcli.slides.dicom import is_ycbcr_named_rgb
 from pathcli.store.store import item_name
-from pathcli.types import MPP_RANGE, DataError, ResourceError, Slide, SlideInfo
+from pathcli.types import MPP_RANGE, Slide, SlideInfo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from pathcli.errors import UsageError
 from pathcli.slides.geojson import write_geojson
 from pathcli.slides.overlay import draw_tiles, save_png
 from pathcli.slides.readers import open_slide, slide_mpp
@@ -24,7 +25,7 @@ from pathcli.slides.tissue import (
     parameters_of,
 )
 from pathcli.store import Store
-from pathcli.types import MPP_RANGE, Tiles, TileSpec, UsageError
+from pathcli.types import MPP_RANGE, Tiles, TileSpec
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import cv2
 import numpy as np
 
+from pathcli.errors import DataError
 from pathcli.registry import resolve
-from pathcli.types import DataError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
