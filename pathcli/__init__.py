@@ -9,17 +9,17 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Bag": "pathcli.types",
-    "DataError": "pathcli.types",
+    "DataError": "pathcli.errors",
     "Features": "pathcli.types",
     "HeadOutput": "pathcli.types",
     "Key": "pathcli.types",
-    "PathcliError": "pathcli.types",
-    "ResourceError": "pathcli.types",
+    "PathcliError": "pathcli.errors",
+    "ResourceError": "pathcli.errors",
     "Store": "pathcli.store",
     "TileSpec": "pathcli.types",
     "TileStatus": "pathcli.types",
     "Tiles": "pathcli.types",
-    "UsageError": "pathcli.types",
+    "UsageError": "pathcli.errors",
     "build": "pathcli.recipe",
     "build_encoder": "pathcli.encoders",
     "check_recipe": "pathcli.recipe",
@@ -29,8 +29,11 @@ _PUBLIC = {
     "mil_eval": "pathcli.evals.mil",
     "open_slide": "pathcli.slides",
     "predict": "pathcli.mil.predict",
+    "probe": "pathcli.evals.probe",
+    "search": "pathcli.encoders.search",
     "tile": "pathcli.slides.tiling",
     "train": "pathcli.runs",
+    "zeroshot": "pathcli.evals.zeroshot",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - the keys are strings

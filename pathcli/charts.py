@@ -1,4 +1,4 @@
-"""Lines in, one SVG picture out, for reports (matplotlib draws; nothing global is touched)."""
+"""Lines, or a function that draws, in; one SVG picture out (nothing global is touched)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from matplotlib.axes import Axes
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#785ef0", "#1c2024")
 """Okabe and Ito's colours, told apart with any colour vision."""
@@ -35,15 +37,8 @@ def chart(
     diagonal: bool = False,
 ) -> str:
     """Return an SVG of `lines`; `unit` sets both axes to 0..1, `diagonal` draws y = x."""
-    import matplotlib as mpl  # noqa: PLC0415 - costs a second
-    from matplotlib.figure import Figure  # noqa: PLC0415
 
-    svg = {"svg.hashsalt": "pathcli", "svg.fonttype": "none"}
-    look: Any = svg | {"font.size": 10, "text.parse_math": False}  # names are no formulas
-    with mpl.rc_context(look), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the browser has the glyphs
-        figure = Figure(figsize=(4.6, 4.2) if unit else (5.6, 3.6), layout="constrained")
-        axes = figure.add_subplot()
+    def draw(axes: Axes) -> None:
         if diagonal:
             axes.plot([0, 1], [0, 1], color="#b0b4ba", linewidth=1, linestyle="--")
         for line, colour in zip(lines, COLOURS * len(lines), strict=False):
@@ -57,6 +52,21 @@ def chart(
         axes.spines[["top", "right"]].set_visible(False)
         if any(line.name for line in lines):
             axes.legend(frameon=False)
+
+    return drawing((4.6, 4.2) if unit else (5.6, 3.6), draw)
+
+
+def drawing(size: tuple[float, float], draw: Callable[[Axes], None]) -> str:
+    """Return what `draw` puts on the axes of a figure of `size` inches, as SVG text."""
+    import matplotlib as mpl  # noqa: PLC0415 - costs a second
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    svg = {"svg.hashsalt": "pathcli", "svg.fonttype": "none"}
+    look: Any = svg | {"font.size": 10, "text.parse_math": False}  # names are no formulas
+    with mpl.rc_context(look), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the browser has the glyphs
+        figure = Figure(figsize=size, layout="constrained", dpi=200)
+        draw(figure.add_subplot())
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
     drawn = text.getvalue()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathcli.types import ResourceError
+from pathcli.errors import ResourceError
 
 
 def pick_device(name: str) -> str:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from pathcli.errors import DataError, PathcliError, ResourceError, UsageError
 from pathcli.registry import BUILTIN, did_you_mean, names, resolve
-from pathcli.types import DataError, PathcliError, ResourceError, UsageError
 from pathcli.yaml12 import dump_yaml, parse_yaml
 
 if TYPE_CHECKING:

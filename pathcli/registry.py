@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from pathcli.types import UsageError
+from pathcli.errors import UsageError
 
 BUILTIN: dict[str, dict[str, str]] = {
     "encoder": {
@@ -21,7 +21,18 @@ BUILTIN: dict[str, dict[str, str]] = {
         "pathgen-clip": "pathcli.encoders.clip:PathGenClip",
         "pathgen-clip-l": "pathcli.encoders.clip:PathGenClipL",
         "pathgen-clip-l-hf": "pathcli.encoders.hf:PathGenClipLHF",
+        "plip": "pathcli.encoders.hf:Plip",
+        "quilt-net": "pathcli.encoders.clip:QuiltNet",
+        "conch": "pathcli.encoders.conch:Conch",
+        "uni": "pathcli.encoders.timm:Uni",
+        "pallava-plip": "pathcli.encoders.pallava_plip:PallavaPlip",
+        "mini-clip": "pathcli.encoders.mini_clip:MiniClip",
         "hf": "pathcli.encoders.hf:HFClipEncoder",
+    },
+    "model": {
+        "open-clip": "pathcli.encoders.open_clip_model:OpenClipModel",
+        "mini-clip": "pathcli.encoders.mini_clip:MiniClipModel",
+        "pallava-plip": "pathcli.encoders.pallava_plip:PallavaPlipModel",
     },
     "head": {
         "abmil": "pathcli.mil.abmil:ABMIL",
@@ -34,9 +45,13 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "task": {
         "mil": "pathcli.mil.task:MilTask",
+        "contrastive": "pathcli.encoders.contrastive:ContrastiveTask",
+        "itc-itm": "pathcli.encoders.itc_itm:ItcItmTask",
     },
     "data": {
         "bags": "pathcli.mil.bags:BagData",
+        "pairs": "pathcli.data.pairs:PairData",
+        "classes": "pathcli.data.captions:ClassCaptions",
     },
     "tissue": {
         "otsu": "pathcli.slides.tissue:Otsu",

@@ -1,4 +1,4 @@
-"""The nouns every module shares, and the one tree of errors (standard library only).
+"""The nouns and protocols every module shares (standard library only).
 
 Units stand in the name or in the docstring: `px` are pixels of the tile, `mpp` are
 micrometres per pixel, `xy` are level-0 pixels of the slide (x first).
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol
+
+from pathcli.errors import UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,45 +30,6 @@ NOTICE = "Research use only; not for diagnosis."
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) while a long call runs."""
-
-
-# --- errors ------------------------------------------------------------------------------
-
-
-class PathcliError(Exception):
-    """Root of every error the library raises on purpose; `exit_code` is the shell's."""
-
-    exit_code = 1
-
-
-class UsageError(PathcliError):
-    """The call itself is wrong: an unknown name, an impossible option."""
-
-    exit_code = 2
-
-
-class DataError(PathcliError):
-    """The data is wrong: not a slide, truncated, no mpp, a checkpoint of another shape."""
-
-    exit_code = 4
-
-
-class ResourceError(PathcliError):
-    """Something that should be there is not: weights, an extra, space, permission."""
-
-    exit_code = 5
-
-
-class NewerError(DataError):
-    """Written by a later pathcli than this one; not damaged."""
-
-
-class ForeignError(DataError):
-    """Not written by pathcli."""
-
-
-class BusyError(ResourceError):
-    """Another live process is writing the same entry of the store."""
 
 
 # --- parameters and keys -----------------------------------------------------------------
@@ -104,15 +67,16 @@ class TileSpec:
         Raises:
             UsageError: a size, step or mpp that is not positive, or a share outside 0..1.
         """
+        wrong = []
         if self.size_px < 1 or self.step_px < 1:
-            msg = f"tile size and step must be at least 1 px, got {self.size_px}, {self.step_px}"
-            raise UsageError(msg)
+            wrong += [f"tile size and step are at least 1 px, not {self.size_px}, {self.step_px}"]
         if not MPP_RANGE[0] <= self.mpp <= MPP_RANGE[1]:
-            msg = f"--mpp {self.mpp:g} is outside {MPP_RANGE[0]:g}-{MPP_RANGE[1]:g} um per pixel"
-            raise UsageError(msg)
+            low, high = MPP_RANGE
+            wrong += [f"--mpp {self.mpp:g} is outside {low:g}-{high:g} um per pixel"]
         if not 0 <= self.min_tissue <= 1:
-            msg = f"--min-tissue is a share between 0 and 1, got {self.min_tissue:g}"
-            raise UsageError(msg)
+            wrong += [f"--min-tissue is a share between 0 and 1, got {self.min_tissue:g}"]
+        if wrong:
+            raise UsageError("; ".join(wrong))
 
     @property
     def size_um(self) -> float:
@@ -141,6 +105,10 @@ class TileSpec:
 
 MPP_RANGE = (0.05, 20.0)
 """Micrometres per pixel a scan can have; anything outside is a broken header."""
+
+
+WHOLE = TileSpec(size_px=1, mpp=1.0, step_px=1, tissue="whole", min_tissue=0.0)
+"""Stands for plain images, which are not cut: each is used whole, whatever its size."""
 
 
 @dataclass(frozen=True)
@@ -252,6 +220,49 @@ class Bag:
 
 
 @dataclass(frozen=True)
+class Region:
+    """A square of a slide, `side0` level-0 pixels wide, its corner at level-0 `xy`."""
+
+    slide: str
+    xy: tuple[int, int]
+    side0: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside a tar archive: `size` bytes from byte `offset` on.
+
+    In a Parquet file `offset` is the row, and `name` is `column[row]`.
+    """
+
+    archive: str
+    offset: int
+    size: int
+    name: str
+
+
+ImageRef = str | Region | Member
+"""Where the pixels of an image are: a file, a square of a slide, a file inside an archive."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example of images and text: a caption, an instruction, a question.
+
+    `turns` are what is said before `answer` (nothing, for a caption); `label` is the class,
+    where there is one; `group` is what must not be split (patient, slide, original tile), ""
+    where nobody knows it.
+    """
+
+    name: str
+    images: tuple[ImageRef, ...]
+    answer: str = ""
+    turns: tuple[str, ...] = ()
+    label: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True)
 class HeadOutput:
     """What a head says of one bag: float logits [c], and attention [n] that sums to one."""
 
@@ -332,6 +343,25 @@ class Encoder(Protocol):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Return float32 [b, *row_shape] for uint8 images [b, h, w, 3] (RGB)."""
+        ...
+
+
+class ImageTextEncoder(Encoder, Protocol):
+    """An encoder whose images and texts meet in one space, where cosines compare them.
+
+    `text_limit` is how many tokens a text may have, special ones included; `logit_scale`,
+    known after `load`, is what cosines are multiplied by before a softmax.
+    """
+
+    text_limit: int
+    logit_scale: float
+
+    def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return float32 [n, d], not normalised; what is beyond `text_limit` is cut off."""
+        ...
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each text has before anything is cut off."""
         ...
 
 

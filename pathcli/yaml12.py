@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pathcli.types import DataError
+from pathcli.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

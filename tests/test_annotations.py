@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shapely import Point, Polygon, box, unary_union
 
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.mil.lesions import (
     _major_axis,
     detections,
@@ -20,7 +21,7 @@ from pathcli.slides.annotations import read_lesions
 from pathcli.slides.geojson import write_geojson
 from pathcli.slides.tiling import grid, tile_spec
 from pathcli.slides.tissue import Tissue
-from pathcli.types import DataError, ResourceError, Tiles, UsageError
+from pathcli.types import Tiles
 
 Corners = list[tuple[float, float]]
 

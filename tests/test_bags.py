@@ -11,12 +11,13 @@ import synthetic
 from cohorts import D, paint, put, recipe, table, values
 
 from pathcli.encoders.embedding import Embedder
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.mil.bags import BagData, Bags, Cohort, look_up, make
 from pathcli.mil.tables import read_labels
 from pathcli.runs import train
 from pathcli.slides.discovery import discover
 from pathcli.store import Store
-from pathcli.types import DataError, Key, Progress, ResourceError, UsageError
+from pathcli.types import Key, Progress
 
 SPEC, ENCODER = fakes.MeanColour.native, fakes.MeanColour.id
 

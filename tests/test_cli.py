@@ -7,8 +7,8 @@ import synthetic
 from conftest import SIZE, Run
 
 from pathcli import registry
+from pathcli.errors import PathcliError
 from pathcli.store import Store
-from pathcli.types import PathcliError
 
 
 def test_an_unknown_command_is_a_usage_error(run: Run) -> None:

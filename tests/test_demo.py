@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pathcli.errors import DataError
 from pathcli.evals.demo import cluster, demo
 from pathcli.report import Picture, Section, as_json, html_page, metric
 from pathcli.store import Store
-from pathcli.types import NOTICE, DataError, Report
+from pathcli.types import NOTICE, Report
 from pathcli.weights import find
 
 

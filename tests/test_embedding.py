@@ -13,11 +13,11 @@ from conftest import TISSUE_BOX
 from pathcli.device import pick_device
 from pathcli.encoders import build_encoder
 from pathcli.encoders.embedding import Embedder, embed
+from pathcli.errors import BusyError, DataError, ResourceError
 from pathcli.slides import readers, tiling
 from pathcli.slides.tiling import tile_spec
 from pathcli.store import Store, upkeep
 from pathcli.store.lease import lease
-from pathcli.types import BusyError, DataError, ResourceError
 
 SPEC = tile_spec(32, 0.5)
 

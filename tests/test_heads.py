@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from pathcli import registry
+from pathcli.errors import UsageError
 from pathcli.mil import acmil
 from pathcli.mil.abmil import ABMIL, hidden_width
 from pathcli.mil.acmil import ACMIL
@@ -15,7 +16,7 @@ from pathcli.mil.clam import ClamSB
 from pathcli.mil.dsmil import DSMIL
 from pathcli.mil.pooling import MaxPooling, MeanPooling
 from pathcli.mil.transmil import TransMIL
-from pathcli.types import HeadOutput, UsageError
+from pathcli.types import HeadOutput
 
 DIM = 16
 Build = Callable[[int], torch.nn.Module]

@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.stats import percentileofscore
 from shapely import box
 
+from pathcli.errors import DataError, UsageError
 from pathcli.mil.heatmap import (
     COLOURS,
     draw_heatmap,
@@ -21,7 +22,7 @@ from pathcli.mil.heatmap import (
 )
 from pathcli.slides.overlay import LONG_SIDE
 from pathcli.slides.tiling import grid, read_tile, tile_spec
-from pathcli.types import DataError, Slide, Tiles, TileStatus, UsageError
+from pathcli.types import Slide, Tiles, TileStatus
 
 BOUNDS = (300, 200, 900, 700)
 

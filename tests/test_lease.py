@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pathcli.errors import BusyError, ResourceError
 from pathcli.store import lease as leases
-from pathcli.types import BusyError, ResourceError
 
 
 def test_a_lease_keeps_a_second_writer_out_and_is_released(tmp_path: Path) -> None:

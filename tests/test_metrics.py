@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
+from pathcli.errors import DataError, UsageError
 from pathcli.metrics import calibration as cal
 from pathcli.metrics import classification as cl
 from pathcli.metrics.froc import RATES, Detections, auc_in_lesion, froc
-from pathcli.types import DataError, UsageError
 
 NO_CASES = np.empty(0, np.int64)
 

@@ -19,6 +19,7 @@ from conftest import Run
 from sklearn.metrics import f1_score, roc_auc_score
 
 from pathcli import registry
+from pathcli.errors import DataError, UsageError
 from pathcli.evals import mil_scores
 from pathcli.evals.mil import mil_eval
 from pathcli.evals.mil_report import measure_evaluation, mil_report
@@ -28,7 +29,7 @@ from pathcli.metrics.statistics import bootstrap, delong_test
 from pathcli.mil.benchmarks import benchmark
 from pathcli.runs import find_runs, train
 from pathcli.store import Store
-from pathcli.types import NOTICE, DataError, UsageError
+from pathcli.types import NOTICE
 
 pytestmark = pytest.mark.usefixtures("fake")
 

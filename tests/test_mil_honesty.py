@@ -16,6 +16,7 @@ from cohorts import lines, planted, put, quick, recipe, split, table, values
 from conftest import Run as Cli
 
 from pathcli import registry
+from pathcli.errors import DataError
 from pathcli.evals.mil import Evaluation, mil_eval
 from pathcli.evals.mil_report import Measurements, mil_report, write_evaluation
 from pathcli.evals.mil_scores import compare, measure_all
@@ -26,7 +27,6 @@ from pathcli.recipe import load_recipe
 from pathcli.runs import Run, train
 from pathcli.slides.tiling import tile_spec
 from pathcli.store import Store
-from pathcli.types import DataError
 
 pytestmark = pytest.mark.usefixtures("fake")
 

@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from pathcli.encoders.embedding import Embedder
+from pathcli.errors import UsageError
 from pathcli.evals import mil_scores
 from pathcli.evals.mil import Evaluation, mil_eval
 from pathcli.evals.mil_errors import worst_errors
@@ -34,7 +35,7 @@ from pathcli.slides import readers
 from pathcli.slides.tiling import tile_spec
 from pathcli.store import Store
 from pathcli.store.store import FeatureEntries
-from pathcli.types import Features, Key, UsageError
+from pathcli.types import Features, Key
 
 pytestmark = pytest.mark.usefixtures("fake")
 

@@ -10,6 +10,7 @@ import torch
 from cohorts import D, planted, put, quick, recipe, table, values
 from safetensors.numpy import load_file
 
+from pathcli.errors import DataError, UsageError
 from pathcli.metrics.classification import macro_auroc
 from pathcli.mil.bags import Bags, look_up
 from pathcli.mil.benchmarks import benchmark
@@ -18,7 +19,7 @@ from pathcli.mil.task import load_head, predict_bags, validate
 from pathcli.recipe import Recipe, build, load_recipe
 from pathcli.runs import Run, chosen, read_run, train
 from pathcli.store import Store
-from pathcli.types import DataError, TileSpec, UsageError
+from pathcli.types import TileSpec
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("fake")

@@ -16,6 +16,7 @@ from PIL import Image
 from shapely.geometry import shape
 
 from pathcli import registry
+from pathcli.errors import DataError, ResourceError
 from pathcli.mil.bags import Bags, look_up
 from pathcli.mil.predict import Predictor, lesion_metrics, predict
 from pathcli.mil.tables import read_labels
@@ -24,7 +25,7 @@ from pathcli.recipe import load_recipe
 from pathcli.runs import Run, read_run, train
 from pathcli.slides.annotations import read_lesions
 from pathcli.store import Store
-from pathcli.types import NOTICE, DataError, ResourceError, TileSpec
+from pathcli.types import NOTICE, TileSpec
 
 
 @pytest.fixture(scope="module")

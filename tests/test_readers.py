@@ -8,10 +8,10 @@ import synthetic
 from conftest import SIZE, open_slide
 from PIL import Image
 
+from pathcli.errors import DataError
 from pathcli.slides import discover
 from pathcli.slides.readers import slide_mpp
 from pathcli.slides.tiling import read_tile, tile_spec
-from pathcli.types import DataError
 
 
 def test_a_painted_svs_has_its_size_levels_and_resolution(slide_path: Path) -> None:

@@ -58,7 +58,10 @@ def test_there_are_five_examples_of_the_real_commands() -> None:
 
 def test_an_option_the_readme_uses_exists() -> None:
     known = set(re.findall(r"--[a-z-]+", insert(README).partition("## Every command")[2]))
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known <= {"--debug"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known <= {
+        "--debug",
+        "--nproc-per-node",  # torchrun's
+    }
 
 
 def test_the_tree_and_the_table_name_files_that_exist() -> None:

@@ -3,7 +3,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from pathcli import registry
-from pathcli.types import UsageError
+from pathcli.errors import UsageError
 
 
 @pytest.mark.parametrize(

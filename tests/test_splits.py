@@ -10,10 +10,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from pathcli.errors import DataError, UsageError
 from pathcli.mil.benchmarks import benchmark
 from pathcli.mil.splits import Split, check_leaks, k_fold, monte_carlo, official, read_split
 from pathcli.mil.tables import LabelTable, Row, label_table
-from pathcli.types import DataError, UsageError
 
 
 def cohort(patients: list[int], *, slides: int = 1, sites: int = 0) -> LabelTable:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from pathcli.errors import DataError, UsageError
 from pathcli.metrics import statistics as ours
 from pathcli.metrics.classification import accuracy, auroc, balanced_accuracy
-from pathcli.types import DataError, UsageError
 
 
 def two_classes(

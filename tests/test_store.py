@@ -12,11 +12,12 @@ from entries import D, fill, make_tiles, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pathcli.errors import DataError, ResourceError
 from pathcli.store import Store, upkeep
 from pathcli.store.files import part_path
 from pathcli.store.hdf5 import BLOCK_ROWS
 from pathcli.store.store import item_name, key_of
-from pathcli.types import DataError, Key, ResourceError
+from pathcli.types import Key
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -6,9 +6,9 @@ from pathlib import Path
 import openpyxl
 import pytest
 
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.mil.benchmarks import BENCHMARKS, Published, benchmark
 from pathcli.mil.tables import Row, label_table, read_labels, slide_name
-from pathcli.types import DataError, ResourceError, UsageError
 
 CLAM = "case_id,slide_id,label\np1,a.svs,tumor\np1,b.tif,normal\n\np2,c,normal\n"
 ROWS = (Row("p1", "a", "tumor"), Row("p1", "b", "normal"), Row("p2", "c", "normal"))

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pathcli.errors import DataError
 from pathcli.slides import discover, overlay, readers
 from pathcli.slides.geojson import polygons, write_geojson
 from pathcli.slides.tiling import grid, read_tile, tile, tile_spec
 from pathcli.slides.tissue import Tissue, find_tissue, method, overview
 from pathcli.store import Store
-from pathcli.types import DataError
 
 # --- grid --------------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@ from dataclasses import fields, replace
 
 import pytest
 
+from pathcli.errors import DataError, PathcliError, ResourceError, UsageError
 from pathcli.slides.tiling import tile_spec
-from pathcli.types import DataError, Key, PathcliError, ResourceError, TileSpec, UsageError
+from pathcli.types import Key, TileSpec
 
 CHANGES = {
     "size_px": 256,

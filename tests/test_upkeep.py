@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from entries import fill, make_tiles
 
+from pathcli.errors import DataError
 from pathcli.store import Store, upkeep
 from pathcli.store.files import part_path
-from pathcli.types import DataError, Key
+from pathcli.types import Key
 
 
 @pytest.mark.parametrize("place", ["features", "coords", "status", "block_crc32"])

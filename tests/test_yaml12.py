@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pathcli.types import DataError
+from pathcli.errors import DataError
 from pathcli.yaml12 import dump_yaml, parse_yaml
 
 

@@ -6,7 +6,7 @@ import pickle
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from pathcli.types import DataError
+from pathcli.errors import DataError
 
 if TYPE_CHECKING:
     from pathlib import Path

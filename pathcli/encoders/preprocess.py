@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pathcli.types import UsageError, digest
+from pathcli.errors import UsageError
+from pathcli.types import digest
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from pathcli.types import HeadOutput, UsageError
+from pathcli.errors import UsageError
+from pathcli.types import HeadOutput
 
 
 def require(ok: bool, message: str) -> None:

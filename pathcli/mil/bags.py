@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 
 from pathcli.encoders.embedding import Embedder
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.mil.benchmarks import benchmark
 from pathcli.mil.splits import Split, check_leaks, k_fold, monte_carlo, official, read_split
 from pathcli.mil.tables import LabelTable, Row, counted, read_labels
 from pathcli.slides.discovery import discover
 from pathcli.store.store import item_name
-from pathcli.types import Bag, DataError, Progress, ResourceError, TileStatus, UsageError
+from pathcli.types import Bag, Progress, TileStatus
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.mil.tables import LabelTable, Row, label_table, read_labels
 from pathcli.registry import did_you_mean
-from pathcli.types import DataError, ResourceError, UsageError
 from pathcli.weights import asset
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ import torch
 
 from pathcli.device import pick_device
 from pathcli.encoders.embedding import Embedder
+from pathcli.errors import DataError
 from pathcli.metrics.froc import auc_in_lesion, froc
 from pathcli.metrics.statistics import bootstrap
 from pathcli.mil.heatmap import draw_heatmap, extreme_tiles, strip, write_attention_geojson
@@ -25,7 +26,7 @@ from pathcli.slides.overlay import save_png
 from pathcli.slides.readers import open_slide
 from pathcli.store import Store
 from pathcli.store.files import disk_errors, write_bytes
-from pathcli.types import NOTICE, Bag, DataError, TileSpec, TileStatus
+from pathcli.types import NOTICE, Bag, TileSpec, TileStatus
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from pathcli.errors import DataError, UsageError
 from pathcli.mil.tables import counted, natural, read_sheet, slide_name
-from pathcli.types import DataError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping

@@ -16,8 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pathcli.errors import DataError, UsageError
 from pathcli.registry import did_you_mean
-from pathcli.types import DataError, UsageError, digest
+from pathcli.types import digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

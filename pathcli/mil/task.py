@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import torch
 
+from pathcli.errors import DataError, UsageError
 from pathcli.metrics.classification import CLASSIFICATION
 from pathcli.mil.bags import Bags
 from pathcli.recipe import build_part
@@ -16,7 +17,7 @@ from pathcli.settings import TrainSettings  # noqa: TC001 - builds the section `
 from pathcli.slides.tiling import tile_spec
 from pathcli.state import load_trainable
 from pathcli.trainer import Work
-from pathcli.types import Bag, DataError, TileSpec, UsageError, digest
+from pathcli.types import Bag, TileSpec, digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -9,7 +9,7 @@ import threading
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from pathcli.types import ResourceError, UsageError
+from pathcli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -20,19 +20,9 @@ import h5py
 import numpy as np
 
 from pathcli import __version__
+from pathcli.errors import DataError, ForeignError, NewerError, PathcliError, ResourceError
 from pathcli.store.files import disk_errors, part_path, publish, require_space, write_bytes
-from pathcli.types import (
-    DataError,
-    Features,
-    ForeignError,
-    Key,
-    NewerError,
-    PathcliError,
-    ResourceError,
-    Tiles,
-    TileSpec,
-    TileStatus,
-)
+from pathcli.types import Features, Key, Tiles, TileSpec, TileStatus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

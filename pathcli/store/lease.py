@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pathcli.errors import BusyError
 from pathcli.store.files import disk_errors
-from pathcli.types import BusyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

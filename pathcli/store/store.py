@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import platformdirs
 
+from pathcli.errors import DataError, ResourceError
 from pathcli.store.files import disk_errors, write_bytes
 from pathcli.store.hdf5 import FeatureWriter, feature_shape, read_features, read_tiles, write_tiles
 from pathcli.store.lease import lease
-from pathcli.types import DataError, Features, Key, ResourceError, SlideInfo, Tiles
+from pathcli.types import Features, Key, SlideInfo, Tiles
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

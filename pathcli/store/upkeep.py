@@ -8,11 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pathcli.store.files import part_path
-from pathcli.store.hdf5 import read_tiles, verify_features
-from pathcli.store.lease import LAPSE_S, lapsed, lease, lease_path
-from pathcli.store.store import Store, key_of
-from pathcli.types import (
+from pathcli.errors import (
     BusyError,
     DataError,
     ForeignError,
@@ -20,6 +16,10 @@ from pathcli.types import (
     PathcliError,
     ResourceError,
 )
+from pathcli.store.files import part_path
+from pathcli.store.hdf5 import read_tiles, verify_features
+from pathcli.store.lease import LAPSE_S, lapsed, lease, lease_path
+from pathcli.store.store import Store, key_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
