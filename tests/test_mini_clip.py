@@ -150,3 +150,44 @@ def test_familiarity_comes_back_from_the_weights_it_was_written_into(
     features = encoder.encode(torch.cat([images(), torch.zeros(1, 224, 224, 3, dtype=torch.uint8)]))
     alone = Familiarity(seen, 0.99).score(features[:2])
     assert encoder.familiar(features).tolist() == [*(alone >= 0.99).tolist(), False]
+
+
+# --- the weights that are shipped --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped() -> MiniClip:
+    encoder = MiniClip()
+    encoder.load("cpu")
+    return encoder
+
+
+def test_what_is_no_tissue_is_unfamiliar_to_the_shipped_weights(shipped: MiniClip) -> None:
+    flat = torch.full((1, 224, 224, 3), 200, dtype=torch.uint8)
+    assert not shipped.familiar(shipped.encode(torch.cat([images(), flat]))).any()
+
+
+@pytest.mark.data
+def test_the_shipped_weights_tell_lung_tissue_apart_by_words_they_never_saw(
+    shipped: MiniClip, data: Path
+) -> None:
+    import csv
+
+    from pathcli.data.captions import read_wordings
+    from pathcli.data.images import read_image
+    from pathcli.encoders.zeroshot import class_probabilities, class_weights
+    from pathcli.weights import asset
+
+    with asset("benchmarks/lung-split.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "val"]
+    unseen = read_wordings().unseen
+    picked = [row for name in unseen for row in [r for r in rows if r["label"] == name][::32]]
+    pixels = [read_image(str(data / "lc25000-lung" / row["image"])) for row in picked]
+    features = shipped.encode(torch.from_numpy(np.stack(pixels)))
+    weights = class_weights(shipped, list(unseen.values()))
+    half = features.numpy().astype(np.float16)
+    said = class_probabilities(half, weights, shipped.logit_scale).argmax(1)
+    right = [list(unseen)[i] == row["label"] for i, row in zip(said, picked, strict=True)]
+    assert len(picked) == 30
+    assert np.mean(right) >= 0.9
+    assert shipped.familiar(features).float().mean() >= 0.9
