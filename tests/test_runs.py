@@ -224,8 +224,7 @@ def test_a_run_of_another_recipe_is_refused_and_left_alone(
     before = (run.folder / "recipe.yaml").read_bytes()
     with pytest.raises(UsageError, match=rf"seed-1 holds .*another recipe \({said}\)") as caught:
         train(recipe().with_values(**change), out=tmp_path)
-    assert "another --out" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "another --out" in str(caught.value).splitlines()[-1]
     assert (run.folder / "recipe.yaml").read_bytes() == before
 
 

@@ -212,13 +212,15 @@ def architecture_of(state: dict[str, torch.Tensor]) -> str | None:
     """
     guard_torchvision()
     import open_clip  # noqa: PLC0415
+    import torch  # noqa: PLC0415
 
     possible = [name for name, config in architectures().items() if _plausible(config, state)]
     for name in sorted(possible, key=lambda n: ("quickgelu" in n, len(n), n)):
         try:
-            network = open_clip.create_model(
-                name, pretrained=None, load_weights=False, device="meta"
-            )
+            with torch.device("meta"):  # open_clip's own argument draws all weights first
+                network = open_clip.create_model(
+                    name, pretrained=None, load_weights=False, device="meta"
+                )
         except (OSError, RuntimeError, NotImplementedError):
             continue  # its text tower is on the hub, or it cannot be built without memory
         if not shape_faults(state, network):

@@ -128,7 +128,7 @@ def _shard(
         _ImageRows(refs, embedder.encoder.input_px, folder), tiles, key, progress
     )
     card = SlideInfo(item, name, n, 1, None, "images", None, (0, 0, n, 1), "images")
-    embedder.store.remember(card, folder, _MPP, "images are used whole")
+    embedder.store.remember(card, folder, _MPP, "plain images have no resolution")
     return key, encoded
 
 

@@ -174,6 +174,7 @@ class MiniClip:
             precision: float32, bfloat16 or float16 arithmetic.
         """
         self.checkpoint, self.tokens, self.precision = checkpoint, tokens, precision
+        self._language = MiniLM()
 
     @cached_property
     def id(self) -> str:
@@ -201,6 +202,7 @@ class MiniClip:
             raise DataError(msg)
         model = MiniClipModel(frozen=min(groups, default=7), width=len(projection))
         model.assemble()
+        model.language = self._language
         fill(model, state, str(file))
         self.model = model.eval().requires_grad_(False).to(device)  # noqa: FBT003
         self.familiarity = Familiarity.from_state(judge) if judge else None
@@ -224,7 +226,7 @@ class MiniClip:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """See `ImageTextEncoder.count_tokens`."""
-        return MiniLM().count_tokens(texts)
+        return self._language.count_tokens(texts)
 
     def familiar(self, features: torch.Tensor) -> torch.Tensor:
         """Return bool [n]: which embeddings float32 [n, d] look like what was trained on.
