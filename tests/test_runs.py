@@ -222,9 +222,9 @@ def test_a_run_of_another_recipe_is_refused_and_left_alone(
 ) -> None:
     (run,) = train(recipe(), out=tmp_path)
     before = (run.folder / "recipe.yaml").read_bytes()
-    with pytest.raises(UsageError, match=rf"seed-1 holds .*another recipe \({said}\)") as caught:
+    one_line = rf"\A.*seed-1 holds .*another recipe \({said}\).*another --out.*\Z"
+    with pytest.raises(UsageError, match=one_line):
         train(recipe().with_values(**change), out=tmp_path)
-    assert "another --out" in str(caught.value).splitlines()[-1]
     assert (run.folder / "recipe.yaml").read_bytes() == before
 
 
