@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from matplotlib.axes import Axes
 
@@ -35,8 +35,13 @@ def chart(
     title: str = "",
     unit: bool = False,
     diagonal: bool = False,
+    ticks: Mapping[float, str] | None = None,
 ) -> str:
-    """Return an SVG of `lines`; `unit` sets both axes to 0..1, `diagonal` draws y = x."""
+    """Return an SVG of `lines`.
+
+    `unit` sets both axes to 0..1, `diagonal` draws y = x, `ticks` says what is written where
+    below the x axis.
+    """
 
     def draw(axes: Axes) -> None:
         if diagonal:
@@ -49,6 +54,8 @@ def chart(
         axes.set(xlabel=x, ylabel=y, title=title)
         if unit:
             axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+        if ticks:
+            axes.set_xticks(list(ticks), list(ticks.values()))
         axes.spines[["top", "right"]].set_visible(False)
         if any(line.name for line in lines):
             axes.legend(frameon=False)

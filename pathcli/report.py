@@ -32,7 +32,8 @@ table { border-collapse: collapse; margin: .8rem 0; font-size: .92rem; }
 th, td { text-align: left; padding: .3rem 1.2rem .3rem 0; vertical-align: top;
          border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
 th { color: var(--soft); font-weight: 600; }
-pre { background: #f4f5f7; padding: .6rem .9rem; overflow-x: auto; }
+pre { background: #f4f5f7; padding: .6rem .9rem; white-space: pre-wrap;
+      overflow-wrap: anywhere; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
 figure { margin: .6rem 0; flex: 1 1 20rem; } figure.strip { flex-basis: 100%; }
 figure svg { max-width: 100%; height: auto; }

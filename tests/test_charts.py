@@ -80,6 +80,13 @@ def test_few_or_undefined_values_are_drawn_too(values: list[float]) -> None:
     assert "a" in texts(svg)
 
 
+def test_what_is_written_below_the_axis_stands_at_its_place() -> None:
+    svg = chart([Line("a", [0, 3], [1, 2])], x="x", y="y", ticks={0: "one", 3: "all"})
+    found = texts(svg)
+    assert [t for t in found if t in {"one", "all"}] == ["one", "all"]
+    assert "1.5" not in found[:3]
+
+
 def test_a_chart_is_the_same_in_every_process() -> None:
     done = [
         subprocess.run([sys.executable, "-c", CALL], capture_output=True, text=True, check=True)

@@ -325,6 +325,10 @@ def test_models_say_what_is_here_and_how_to_get_the_rest(run: Run) -> None:
     assert "pathcli models pull pathgen-clip" in out
     assert run("models", "pull", "pathgen-clip")[0] == 5
     assert run("models", "pull", "nothing")[0] == 2
+    for name in ("pallava-plip", "open_clip:ViT-B-32"):  # no word of `plip`, another encoder
+        code, _, err = run("models", "info", name)
+        assert code == 2
+        assert "--checkpoint FILE" in err
 
 
 def test_doctor_checks_every_part(run: Run) -> None:

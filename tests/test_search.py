@@ -14,8 +14,7 @@ import synthetic
 import torch
 from conftest import Run, open_slide
 from PIL import Image
-from shapely import box
-from shapely.geometry import shape
+from shapely.geometry import box, shape
 
 from pathcli import registry
 from pathcli.encoders.embedding import Embedder
@@ -230,10 +229,13 @@ def test_what_the_encoder_does_not_know_is_ranked_and_marked(
     assert told.startswith(f"{strange} of 80 tiles ({strange / 80:.0%}) are unlike what colours")
 
 
-def test_a_text_longer_than_the_encoder_reads_is_told(boards: list[Path], store: Store) -> None:
-    found = search(boards[:1], "red and one more", Colours(), store=store, spec=SPEC, top=1)
+def test_a_long_text_is_told_and_is_short_in_titles(boards: list[Path], store: Store) -> None:
+    found = search(boards[:1], "red and one more " * 99, Colours(), store=store, spec=SPEC, top=1)
     (told,) = found.warnings
-    assert told.startswith("colours reads 3 tokens of the 4 of 'red and one more'")
+    assert told.startswith("colours reads 3 tokens of the 396 of 'red and one more red and")
+    object_ = pictures._object(found, found.hits[0], open_slide(boards[0]), SIDE)
+    for title in (told, pictures.search_report(found).title, object_["properties"]["name"]):
+        assert len(title) < 130
 
 
 @pytest.mark.parametrize("how", [{"text": " "}, {"negatives": [""]}])

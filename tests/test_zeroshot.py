@@ -281,3 +281,12 @@ def test_wrong_calls_end_with_one_line_and_the_right_code(
     found, _, err = run("zeroshot", *arguments, "--encoder", "colour-words")
     assert found == code
     assert told in err
+
+
+def test_a_report_says_whether_the_classes_were_seen_in_training() -> None:
+    from pathcli.encoders.mini_clip import MiniClip
+    from pathcli.evals.patch_scores import seen_before
+
+    assert "has seen: it was trained on the train groups" in seen_before(MiniClip(), "lc-lung")
+    assert seen_before(MiniClip(), "crc-100k") == ""
+    assert "its model card says" in seen_before(ColourWords(), "lc-lung")

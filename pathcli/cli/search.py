@@ -26,6 +26,25 @@ Unlike = Annotated[
     list[str] | None,
     typer.Option("--not", help="A text that must not fit; repeatable.", metavar="TEXT"),
 ]
+Top = Annotated[int, typer.Option("--top", help="Tiles to find.", min=1)]
+Duplicates = Annotated[
+    float,
+    typer.Option(
+        "--duplicates",
+        help="Cosine from which a tile is passed over for a better one; 1 for never.",
+        min=0,
+        max=1,
+    ),
+]
+Precision = Annotated[
+    str, typer.Option("--precision", help="float32, bfloat16 or float16 arithmetic.")
+]
+MaxBadTiles = Annotated[
+    float,
+    typer.Option(
+        "--max-bad-tiles", help="Share of unreadable tiles a slide may have.", min=0, max=1
+    ),
+]
 
 
 @app.command()
@@ -33,30 +52,15 @@ def search(
     slides: o.Slides,
     text: Annotated[str, typer.Argument(help='What to look for, in quotes: "tumour nests".')],
     unlike: Unlike = None,
-    top: Annotated[int, typer.Option("--top", help="Tiles to find.", min=1)] = 20,
-    duplicates: Annotated[
-        float,
-        typer.Option(
-            "--duplicates",
-            help="Cosine from which a tile is passed over for a better one; 1 for never.",
-            min=0,
-            max=1,
-        ),
-    ] = 0.88,
+    top: Top = 20,
+    duplicates: Duplicates = 0.88,
     encoder: o.Encoder = "mini-clip",
     checkpoint: o.Checkpoint = None,
-    precision: Annotated[
-        str, typer.Option("--precision", help="float32, bfloat16 or float16 arithmetic.")
-    ] = "float32",
+    precision: Precision = "float32",
     device: o.Device = "auto",
     batch: Annotated[int, typer.Option("--batch", help="Tiles per forward pass.", min=1)] = 32,
     workers: Workers = 2,
-    max_bad_tiles: Annotated[
-        float,
-        typer.Option(
-            "--max-bad-tiles", help="Share of unreadable tiles a slide may have.", min=0, max=1
-        ),
-    ] = 0.01,
+    max_bad_tiles: MaxBadTiles = 0.01,
     size: o.Size = None,
     mpp: o.Mpp = None,
     step: o.Step = None,

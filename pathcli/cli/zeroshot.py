@@ -39,9 +39,7 @@ Labels = Annotated[
 ]
 Split = Annotated[
     str | None,
-    typer.Option(
-        "--split", help="Part to score, or all [default: the set's own choice, else all]."
-    ),
+    typer.Option("--split", help="Part to score, or all [default: as the set's file says]."),
 ]
 Ensemble = Annotated[
     bool, typer.Option("--ensemble", help="All synonyms x templates, not one text a class.")

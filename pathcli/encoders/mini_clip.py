@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -158,6 +158,10 @@ class MiniClip:
     native_source = "LC25000's lung patches, shown at 224 px; their resolution is not published"
     text_limit = LIMIT
     name = "mini-clip"
+    trained_on: ClassVar[dict[str, str]] = {
+        "lc-lung": "the train groups of assets/benchmarks/lung-split.csv",
+        "lc-colon": "31 of its images",
+    }
 
     def __init__(
         self,

@@ -130,9 +130,14 @@ def _adamw(train: Learnt, classes: int, seed: int) -> Linear:
 
 def _ridge(train: Learnt, classes: int, strength: float) -> tuple[Floats, Floats]:
     """Return the least squares fit to one-hot labels, in closed form."""
+    from scipy.linalg import LinAlgWarning  # noqa: PLC0415
     from sklearn.linear_model import Ridge  # noqa: PLC0415 - costs a second
 
-    fitted = Ridge(alpha=strength).fit(train.features, np.eye(classes)[train.labels])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LinAlgWarning)  # weak penalties, seldom chosen
+        fitted = Ridge(alpha=strength).fit(
+            train.features.astype(np.float64), np.eye(classes)[train.labels]
+        )
     return fitted.coef_.T, fitted.intercept_
 
 

@@ -28,6 +28,7 @@ WORST = 12
 POINTS = 5000
 SIDE_PX = 224
 _MARKERS = "osD^vP"
+_INK, _DOTS = 9000, (9, 40)  # of all dots together, and of one, in square points
 _NEIGHBOURS = 15
 _DARK, _SHORT = 0.55, 9
 
@@ -105,6 +106,7 @@ def _map(
 ) -> str:
     labels = scored.labels[chosen]
     wrong = scored.predicted[chosen] != labels
+    size = float(np.clip(_INK / len(chosen), *_DOTS))
 
     def draw(axes: Axes) -> None:
         for k, name in enumerate(scored.classes):
@@ -112,8 +114,9 @@ def _map(
             look: dict[str, Any] = {"c": colour, "marker": marker, "rasterized": True}
             mine, missed = labels == k, (labels == k) & wrong
             (x, y), (x_missed, y_missed) = places[mine & ~wrong].T, places[missed].T
-            axes.scatter(x, y, s=9, linewidths=0, alpha=0.55, **look)
-            axes.scatter(x_missed, y_missed, s=26, linewidths=0.9, edgecolors="#1c2024", **look)
+            axes.scatter(x, y, s=size, linewidths=0, alpha=0.55, **look)
+            ring: Any = {"s": max(size, 26), "linewidths": 0.9, "edgecolors": "#1c2024"}
+            axes.scatter(x_missed, y_missed, **ring, **look)
             axes.scatter([], [], s=30, c=colour, marker=marker, label=name)
         axes.set(title=title, xlabel=names[0], ylabel=names[1], xticks=[], yticks=[])
         axes.spines[["top", "right"]].set_visible(False)

@@ -227,7 +227,7 @@ def _worst(scored: Scored) -> list[Section]:
     if not wrong:
         return []
     pictures, unseen = worst_errors(scored)
-    text = f"The most confident of {wrong:,} errors"
+    text = f"Errors: {wrong:,}. The most confident come first"
     text += ", one a group" if scored.grouped else ""
     text += ": the true class, then what was said and how probable it seemed."
     return [Section("Worst errors", " ".join([text, *unseen]), pictures=pictures)]

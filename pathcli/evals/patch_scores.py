@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pathcli.types import Sample
+    from pathcli.types import Encoder, Sample
 
     Bools = NDArray[np.bool_]
     Floats = NDArray[np.floating[Any]]
@@ -120,6 +120,19 @@ class Scored:
     def confusion(self) -> Ints:
         """How often [truth, prediction] occur together, int64 [c, c]."""
         return confusion(self.labels, self.predicted, len(self.classes))
+
+
+def seen_before(encoder: Encoder, dataset: str) -> str:
+    """Return what to say of an encoder that was trained on a data set, or may have been.
+
+    An encoder that knows has `trained_on`: names of sets, and which part of each it saw.
+    """
+    known: Mapping[str, str] | None = getattr(encoder, "trained_on", None)
+    if known is None:
+        return "Whether the encoder saw these images or classes in training, its model card says."
+    if dataset not in known:
+        return ""
+    return f"These are classes {encoder.name} has seen: it was trained on {known[dataset]}."
 
 
 def units_of(samples: Sequence[Sample]) -> list[str]:

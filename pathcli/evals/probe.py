@@ -18,7 +18,7 @@ from pathcli.encoders.embedding import Embedder
 from pathcli.encoders.imageset import embed_images
 from pathcli.errors import DataError, UsageError
 from pathcli.evals.linear import METHODS, Learnt, Linear, fit, standardised
-from pathcli.evals.patch_scores import REPLICATES, Scored, measure_draws, metrics_of
+from pathcli.evals.patch_scores import REPLICATES, Scored, measure_draws, metrics_of, seen_before
 from pathcli.evals.probe_report import level_rows, made_how
 from pathcli.evals.probe_sides import Images, Sides, sides_of
 from pathcli.metrics.statistics import mean_sd
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pathcli.data.classes import ClassSet
     from pathcli.encoders.imageset import ImageFeatures
     from pathcli.metrics.statistics import Interval
     from pathcli.store import Store
@@ -198,38 +199,43 @@ def probe(
     sides = sides_of(images, seed)
     if test is not None:
         sides = replace(sides, how=f"all of {test} to test on, the rest to learn from")
-    levels = probe_levels(
-        images,
-        sides,
-        method=method,
-        shots=shots,
-        draws=draws,
-        seed=seed,
-        progress=progress(f"{method} probes"),
-    )
+    sides = replace(sides, warnings=(*sides.warnings, *_few(images, sides, shots)))
+    how: dict[str, Any] = {"method": method, "shots": shots, "draws": draws, "seed": seed}
+    levels = probe_levels(images, sides, **how, progress=progress(f"{method} probes"))
+    sets = [key.item for key in embedded.keys]
+    how |= {"shots": [k or ALL for k in shots], "encoder": known, "image_sets": sets}
+    how |= {"seen": seen_before(encoder, classes.name)}
+    return _probed(classes, found, images, sides, levels, asked=how)
+
+
+def _probed(
+    classes: ClassSet,
+    found: Labelled,
+    images: Images,
+    sides: Sides,
+    levels: list[Level],
+    *,
+    asked: Mapping[str, Any],
+) -> Probed:
+    """Return what was found as it is reported; `asked` says of which encoder and how."""
     lost = len(found.samples) - len(images.samples)
     scored = Scored(
-        title=f"{classes.title}, linear probe: {encoder.name}",
+        title=f"{classes.title}, linear probe: {asked['encoder'].rpartition('-')[0]}",
         classes=classes.keys,
         samples=[images.samples[i] for i in sides.test.tolist()],
         labels=images.labels[sides.test],
         probabilities=levels[-1].chances[0],
         features=images.features[sides.test].astype(np.float32),
         dropped={**found.dropped, **({"not a readable image": lost} if lost else {})},
-        warnings=(*found.warnings, *sides.warnings, *_few(images, sides, shots)),
+        warnings=(*found.warnings, *sides.warnings),
         published=tuple({"how": "by text", **row} for row in classes.published_rows()),
-        lead=_lead(images, sides, levels[-1], method),
+        lead=f"{_lead(images, sides, levels[-1], asked['method'])} {asked['seen']}",
         provenance={
             "dataset": classes.name,
             "labels": found.source,
             "labels_digest": found.digest,
-            "encoder": known,
-            "image_sets": [key.item for key in embedded.keys],
-            "method": method,
-            "shots": ["all" if k is None else k for k in shots],
-            "draws": draws,
-            "seed": seed,
             "split": sides.how,
+            **asked,
             "levels": level_rows(levels),
         },
     )
@@ -292,10 +298,10 @@ def _lead(images: Images, sides: Sides, level: Level, method: str) -> str:
     learnt, tested = (len(set(images.units(rows))) for rows in (sides.train, sides.test))
     grouped = all(images.samples[i].group for i in (*sides.train, *sides.test))
     groups = f" Their groups ({learnt:,} and {tested:,}) do not overlap." if grouped else ""
-    part = "all" if level.shots is None else f"{level.shots} a class"
+    all_, few = (" all", "") if level.shots is None else ("", f" ({level.shots} a class)")
     return (
-        f"A linear classifier ({made_how(method, level)}) learnt from {level.images:,} images "
-        f"({part}) of the train part, tested on {len(sides.test):,} others.{groups} "
+        f"A linear classifier ({made_how(method, level)}) learnt from{all_} {level.images:,} "
+        f"images{few} of the train part, tested on {len(sides.test):,} others.{groups} "
         f"The split is {sides.how}."
     )
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from pathcli.evals.probe import Level
 
+_APART = 0.5
 _DRAWN = ("balanced_accuracy", "auroc")
 
 
@@ -70,13 +71,16 @@ def level_section(levels: Sequence[Level]) -> Section:
 
 def _curve(levels: Sequence[Level]) -> str:
     classes = levels[0].chances[0].shape[1]
-    x = [math.log2(level.shots or level.images / classes) for level in levels]
+    ticks: dict[float, str] = {}
+    for level in levels:  # "all" come last, and beside the others even where they are as few
+        place = math.log2(level.shots or level.images / classes)
+        ticks[max([place, *(last + _APART for last in ticks)])] = str(level.shots or "all")
     lines = []
     for name in _DRAWN:
         found = [level.numbers[name] for level in levels]
         bounds = ([i.low for i in found], [i.high for i in found])
-        lines.append(Line(NAMES[name], x, [i.value for i in found], *bounds))
-    return chart(lines, x="images a class, as a power of two", y="on the test images")
+        lines.append(Line(NAMES[name], [*ticks], [i.value for i in found], *bounds))
+    return chart(lines, x="images a class to learn from", y="on the test images", ticks=ticks)
 
 
 def made_how(method: str, level: Level) -> str:

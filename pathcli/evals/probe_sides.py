@@ -85,10 +85,11 @@ def _drawn(images: Images, seed: int) -> Sides:
     from sklearn.model_selection import StratifiedGroupKFold  # noqa: PLC0415 - costs a second
 
     units = np.array(units_of(images.samples))
+    grouped = any(sample.group for sample in images.samples)
     for k, name in enumerate(images.classes):
         groups = len(set(units[images.labels == k]))
         if groups < TEST_SHARE:
-            what = "groups" if any(sample.group for sample in images.samples) else "images"
+            what = "groups" if grouped else "images"
             msg = (
                 f"class {name} has {groups} {what}; to learn from some and test on others takes "
                 f"{TEST_SHARE} of every class"
@@ -96,7 +97,8 @@ def _drawn(images: Images, seed: int) -> Sides:
             raise DataError(msg)
     dealt = StratifiedGroupKFold(TEST_SHARE, shuffle=True, random_state=seed)
     train, test = next(dealt.split(images.labels, images.labels, units))
-    how = f"drawn here, groups whole, one in {TEST_SHARE} to test on (seed {seed})"
+    whole = ", groups whole" if grouped else ""
+    how = f"drawn here{whole}, one in {TEST_SHARE} to test on (seed {seed})"
     return Sides(train, np.zeros(0, np.intp), test, how)
 
 

@@ -9,6 +9,7 @@ import math
 import re
 from contextlib import closing
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -161,7 +162,7 @@ def search_report(found: Found) -> Report:
     tiles = sum(int(slide.readable.sum()) for slide in found.slides)
     strange = [int(s.strange.sum()) for s in found.slides if s.strange is not None]
     return Report(
-        title=f"Tiles nearest to “{found.text}”",
+        title=f"Tiles nearest to “{_short(found)}”",
         metrics={
             "slides": metric(len(found.slides)),
             "tiles": metric(tiles),
@@ -279,7 +280,8 @@ def _object(found: Found, hit: Hit, slide: Slide, side0: float) -> dict[str, Any
     measured |= {"higher than": round(hit.higher_than, 6)}
     measured |= {} if hit.strange is None else {"familiar": int(not hit.strange)}
     looks = {"name": "Search", "color": list(_MARK)}
-    more = {"name": f"{hit.rank}: {found.text}", "classification": looks, "measurements": measured}
+    more = {"name": f"{hit.rank}: {_short(found)}", "classification": looks}
+    more |= {"measurements": measured}
     return feature([square(np.array(hit.xy), side0)], slide.info.bounds, "annotation", more)
 
 
@@ -292,6 +294,10 @@ def _caption(found: Found, hit: Hit) -> list[str]:
 
 def _name(slide: Compared) -> str:
     return Path(public_name(slide.run.tiling.path)).name
+
+
+def _short(found: Found) -> str:
+    return shorten(found.text, 100, placeholder="...")
 
 
 def _value(found: Found) -> str:

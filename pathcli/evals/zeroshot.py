@@ -18,7 +18,7 @@ from pathcli.encoders.zeroshot import (
     unfamiliar,
 )
 from pathcli.errors import DataError
-from pathcli.evals.patch_scores import Scored
+from pathcli.evals.patch_scores import Scored, seen_before
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -162,9 +162,9 @@ def _of_parts(found: Labelled) -> Iterator[str]:
 def _lead(classes: ClassSet, encoder: Encoder, *, ensemble: bool) -> str:
     how = "the mean of all its texts" if ensemble else "its text"
     lead = (
-        f"{encoder.name} gives each image the class whose text is nearest ({how}). No label of "
-        "the set was learnt from here; whether the encoder was trained on these images or their "
-        "classes is for its model card to say."
+        f"{encoder.name} gives each image the class whose text is nearest ({how}); no label of "
+        "the set was learnt from here."
     )
-    notes = [classes.note, NOT_COMPARABLE if classes.published else ""]
+    notes = [seen_before(encoder, classes.name), classes.note]
+    notes += [NOT_COMPARABLE] if classes.published else []
     return " ".join([lead, *filter(None, notes)])
