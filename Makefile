@@ -14,6 +14,8 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/pathcli demo --out demo
+	$(BIN)/pathcli models pull minilm
+	$(BIN)/pathcli models pull minilm-tokenizer
 
 test: install
 	$(BIN)/pytest
