@@ -9,6 +9,7 @@ from pictures import facts, png, read, three_images, write
 from PIL import Image
 
 from pathcli.data.formats import Source, recognise, samples
+from pathcli.data.formats.source import Files
 from pathcli.data.formats.tables import read_rows
 from pathcli.data.images import cell, read_image
 from pathcli.errors import DataError, ResourceError, UsageError
@@ -251,3 +252,16 @@ def test_pathgens_own_export_is_read_as_a_folder(tmp_path: Path) -> None:
         (f"{stem}.png", f"Caption {n}", "", stem[:12]) for n, stem in enumerate(stems)
     )
     assert source.dropped == {"no caption": 1, "a caption without an image": 1}
+
+
+def test_a_file_found_by_its_bare_name_stands_for_one_row_alone(tmp_path: Path) -> None:
+    for name in ("1.png", "x/2.png", "y/2.png", "x/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    files = Files(tmp_path, deep=True)
+    assert files.find("a/1.png") == str(tmp_path / "1.png")
+    assert files.find("a/1.png") == str(tmp_path / "1.png")
+    assert files.find("b/1.png") is None  # not the picture of another row
+    assert files.find("y/2.png") == str(tmp_path / "y/2.png")
+    assert files.find("2.png") is None  # two files are called so
+    assert files.find("3.png") == str(tmp_path / "x/3.png")

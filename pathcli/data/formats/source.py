@@ -115,16 +115,22 @@ class Files:
         """List nothing yet; `deep` finds a file in any folder below `root`."""
         self.root, self._deep = str(root), deep
         self._listed: dict[str, frozenset[str]] = {}
+        self._elsewhere: dict[str, str] = {}
 
     def find(self, name: str) -> str | None:
-        """Return the path of an image: as named below the root, straight in it, or (deep) below."""
+        """Return the path of an image: as named below the root, straight in it, or (deep) below.
+
+        A file that is not where it is named stands for one name alone, the first; and of
+        several files of one name in the folders below none is taken.
+        """
         folder, base = os.path.split(os.path.join(self.root, name))  # noqa: PTH118 - a million times
-        for place in dict.fromkeys((folder, self.root)):
-            if base in self._names(place):
-                return os.path.join(place, base)  # noqa: PTH118 - a million times
-        if self._deep and base in self._below:
-            return os.path.join(self._below[base], base)  # noqa: PTH118 - a million times
-        return None
+        if base not in self._names(folder):
+            below = self._below.get(base) if self._deep else None
+            place = self.root if base in self._names(self.root) else below
+            if not place or self._elsewhere.setdefault(base, name) != name:
+                return None
+            folder = place
+        return os.path.join(folder, base)  # noqa: PTH118 - a million times
 
     def _names(self, folder: str) -> frozenset[str]:
         if folder not in self._listed:
@@ -136,7 +142,12 @@ class Files:
 
     @cached_property
     def _below(self) -> dict[str, str]:
-        return {name: folder for folder, _, names in os.walk(self.root) for name in names}
+        """Return the folder of each name, "" where several folders have it."""
+        found: dict[str, str] = {}
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                found[name] = "" if name in found else folder
+        return found
 
 
 def texts(value: object) -> list[str]:
