@@ -29,7 +29,7 @@ from pathcli.report import Section, html_page, json_text, metric, pairs, version
 from pathcli.store import Store
 from pathcli.store.files import write_bytes
 from pathcli.trainer import Loop, Work
-from pathcli.types import Progress, Report
+from pathcli.types import Progress, Report, silent
 from pathcli.yaml12 import parse_yaml
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def train(
         ResourceError: weights, features or the device are not here.
     """
     processes.join(device)
-    started = progress if progress and not processes.rank() else (lambda _: _silent)
+    started = progress if progress and not processes.rank() else (lambda _: silent)
     task = build(recipe)
     settings: TrainSettings = task.train
     if settings.tensorboard:
@@ -246,7 +246,7 @@ def try_batch(recipe: Recipe, *, store: Store | None = None) -> dict[str, Any]:
         PathcliError: as `train` does.
     """
     task = build(recipe)
-    task.prepare(store or Store(), device="cpu", progress=lambda _: _silent)
+    task.prepare(store or Store(), device="cpu", progress=lambda _: silent)
     set_seed(task.train.seeds[0])
     work: Work = task.begin(task.train.seeds[0])
     piece, *_ = Batches(work.examples, work.collate, task.train)[0, 0]
@@ -327,7 +327,3 @@ def _difference(there: Any, here: Any, path: str = "") -> str:  # noqa: ANN401 -
         below = f"{path}.{key}" if path else str(key)
         return _difference(there.get(key, no), here.get(key, no), below)
     return f"{path or 'all of it'}: {there!r} there, {here!r} here"
-
-
-def _silent(done: int, total: int) -> None:
-    del done, total

@@ -32,6 +32,11 @@ Progress = Callable[[int, int], None]
 """Called with (done, total) while a long call runs."""
 
 
+def silent(done: int, total: int) -> None:
+    """Tell nobody: the `Progress` of a call that was given none."""
+    del done, total
+
+
 # --- parameters and keys -----------------------------------------------------------------
 
 

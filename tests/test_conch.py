@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_encoders import TEXTS, loaded
 
 from pathcli.encoders import build_encoder
 from pathcli.encoders.build import text_encoder
 from pathcli.encoders.conch import TOKENIZER, Conch, Sizes
 from pathcli.errors import DataError, ResourceError
-
-TEXTS = ["invasive carcinoma", "benign", "a dense infiltrate of lymphocytes"]
 
 
 @pytest.fixture
@@ -20,12 +19,6 @@ def images(rng: np.random.Generator) -> Any:
     import torch
 
     return torch.from_numpy(rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8))
-
-
-def loaded(name: str, **given: Any) -> Any:
-    encoder = build_encoder(name, **given)
-    encoder.load("cpu")
-    return encoder
 
 
 SMALL = Sizes(

@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_encoders import LIMIT, TINY, clip_folder, open_clip_file
+from tiny_encoders import LIMIT, TEXTS, TINY, clip_folder, loaded, open_clip_file
 
 from pathcli.encoders import build_encoder
 from pathcli.errors import DataError, ResourceError, UsageError
-
-TEXTS = ["invasive carcinoma", "benign", "a dense infiltrate of lymphocytes"]
 
 
 @pytest.fixture
@@ -19,12 +17,6 @@ def images(rng: np.random.Generator) -> Any:
     import torch
 
     return torch.from_numpy(rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8))
-
-
-def loaded(name: str, **given: Any) -> Any:
-    encoder = build_encoder(name, **given)
-    encoder.load("cpu")
-    return encoder
 
 
 @pytest.mark.parametrize(

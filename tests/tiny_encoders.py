@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from pathcli.encoders import build_encoder
 from pathcli.torchvision_guard import guard_torchvision
 
+TEXTS = ["invasive carcinoma", "benign", "a dense infiltrate of lymphocytes"]
 WORDS = 49408
 LIMIT = 12
 TINY = {
@@ -74,3 +76,9 @@ def clip_folder(folder: Path) -> Path:
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
     CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
     return folder
+
+
+def loaded(name: str, **given: Any) -> Any:
+    encoder = build_encoder(name, **given)
+    encoder.load("cpu")
+    return encoder

@@ -47,11 +47,6 @@ AllowLeak = Annotated[
 ]
 
 
-ReportFolder = Annotated[
-    Path, typer.Option("--out", help="Folder of the report's folder.", metavar="DIR")
-]
-
-
 @app.command()
 def mil_eval(
     benchmark: Benchmark,
@@ -65,7 +60,7 @@ def mil_eval(
     specificity: Specificity = 0.9,  # as in the library
     allow_leak: AllowLeak = False,
     device: o.Device = "auto",
-    out: ReportFolder = o.OUT,
+    out: o.ReportFolder = o.OUT,
     store: o.StoreRoot = None,
     json: o.Json = False,
 ) -> None:

@@ -65,6 +65,9 @@ Device = Annotated[
 ]
 
 Runs = Annotated[Path, typer.Option("--out", help="Folder of run folders.", metavar="DIR")]
+ReportFolder = Annotated[
+    Path, typer.Option("--out", help="Folder of the report's folder.", metavar="DIR")
+]
 
 OUT = Path("pathcli-out")
 RUNS = Path("runs")

@@ -13,7 +13,6 @@ from pathcli.cli.zeroshot import (
     Data,
     Dataset,
     Labels,
-    ReportFolder,
     Workers,
     check_out,
     tell,
@@ -50,7 +49,7 @@ def probe(
     device: o.Device = "auto",
     batch: Batch = 32,
     workers: Workers = 2,
-    out: ReportFolder = o.OUT,
+    out: o.ReportFolder = o.OUT,
     store: o.StoreRoot = None,
     json: o.Json = False,
 ) -> None:

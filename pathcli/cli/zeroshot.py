@@ -54,9 +54,6 @@ Template = Annotated[
 ]
 Batch = Annotated[int, typer.Option("--batch", help="Images per forward pass.", min=1)]
 Workers = Annotated[int, typer.Option("--workers", help="Threads that read.", min=1)]
-ReportFolder = Annotated[
-    Path, typer.Option("--out", help="Folder of the report's folder.", metavar="DIR")
-]
 _SHOWN, _WIDTH = 3, 160
 
 
@@ -74,7 +71,7 @@ def zeroshot(
     device: o.Device = "auto",
     batch: Batch = 32,
     workers: Workers = 2,
-    out: ReportFolder = o.OUT,
+    out: o.ReportFolder = o.OUT,
     store: o.StoreRoot = None,
     json: o.Json = False,
 ) -> None:

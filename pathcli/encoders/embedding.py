@@ -22,7 +22,7 @@ from pathcli.errors import BusyError, DataError, PathcliError, ResourceError
 from pathcli.slides.readers import open_slide
 from pathcli.slides.tiling import TileRun, read_tile, summary, tile_slide
 from pathcli.store import Store
-from pathcli.types import Encoder, Key, TileStatus
+from pathcli.types import Encoder, Key, TileStatus, silent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -156,7 +156,7 @@ class Embedder:
             encoded = 0
             rows = SlideRows(slide, run.tiles, self.max_bad_tiles)
             if len(run.tiles) and key not in self.store.features:
-                encoded = self.fill(rows, run.tiles, key, progress or _silent)
+                encoded = self.fill(rows, run.tiles, key, progress or silent)
             shape, bad = self.store.features.shape(key) if len(run.tiles) else ((), 0)
             _refuse_if_bad(rows, bad, len(run.tiles))
         return EmbedRun(
@@ -292,10 +292,6 @@ def _refuse_if_bad(rows: Rows, bad: int, n: int) -> None:
             f"{rows.max_bad:.1%}; is the file whole? (--max-bad-tiles sets the limit)"
         )
         raise DataError(msg)
-
-
-def _silent(done: int, total: int) -> None:
-    del done, total
 
 
 def embed(

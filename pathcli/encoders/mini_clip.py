@@ -124,7 +124,7 @@ class MiniClipModel(nn.Module):
 
 @dataclass(frozen=True)
 class Familiarity:
-    """How near an embedding is to those of training images, and how near is near enough.
+    """An out-of-distribution score: how near training images an embedding is, and must be.
 
     `bank` [m, d] holds unit embeddings of training images; the score is the mean cosine to
     the nearest five (nearest neighbours as in Sun et al. 2022, arXiv:2204.06507).

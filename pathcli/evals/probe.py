@@ -22,6 +22,7 @@ from pathcli.evals.patch_scores import REPLICATES, Scored, measure_draws, metric
 from pathcli.evals.probe_report import level_rows, made_how
 from pathcli.evals.probe_sides import Images, Sides, sides_of
 from pathcli.metrics.statistics import mean_sd
+from pathcli.types import silent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -87,7 +88,7 @@ def probe_levels(
     classes = len(images.classes)
     orders = [_order(train, classes, np.random.default_rng([seed, i])) for i in range(draws)]
     levels = sorted(set(shots), key=lambda k: float("inf") if k is None else k)
-    tell = progress or _silent
+    tell = progress or silent
     found = []
     for done, k in enumerate(levels):
         tell(done, len(levels))
@@ -162,7 +163,7 @@ def probe(
     device: str = "auto",
     batch: int = 32,
     workers: int = 2,
-    progress: Callable[[str], Progress] = lambda _: _silent,
+    progress: Callable[[str], Progress] = lambda _: silent,
 ) -> Probed:
     """Learn the classes of a data set from an encoder's features, and test on other groups.
 
@@ -304,7 +305,3 @@ def _lead(images: Images, sides: Sides, level: Level, method: str) -> str:
         f"images{few} of the train part, tested on {len(sides.test):,} others.{groups} "
         f"The split is {sides.how}."
     )
-
-
-def _silent(done: int, total: int) -> None:
-    del done, total
