@@ -6,14 +6,13 @@ resumed run, with however many workers, sees the batches it would have seen.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from pathcli.errors import DataError, PathcliError, UsageError
-from pathcli.settings import order
+from pathcli.settings import by_length, order
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -45,10 +44,11 @@ class Batches:
         collate: Collate,
         settings: TrainSettings,
         *,
+        lengths: Sequence[int] | None = None,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        """Know the run's one seed; nothing is read.
+        """Know the run's one seed; nothing is read. `lengths` are the examples' own, if known.
 
         Raises:
             UsageError: the batch cannot be shared out evenly.
@@ -65,6 +65,8 @@ class Batches:
         self.examples, self.collate, self.rank, self.ranks = examples, collate, rank, ranks
         self.seed, self.size, self.epochs = settings.seeds[0], settings.batch, settings.epochs
         self.chunk, self.workers = settings.chunk or settings.batch, settings.workers
+        self.lengths = lengths if settings.by_length else None
+        self._known: tuple[int, list[int]] = (-1, [])
 
     @property
     def count(self) -> int:
@@ -75,9 +77,7 @@ class Batches:
         """Return the pieces of one batch, each as `collate` makes it."""
         epoch, number = place
         first = number * self.size
-        rows = _order(self.seed, epoch, len(self.examples))[
-            first : min(first + self.size, self.rows)
-        ]
+        rows = self._order(epoch)[first : min(first + self.size, self.rows)]
         share = len(rows) // self.ranks
         starts = range(self.rank * share, (self.rank + 1) * share, self.chunk)
         pieces = [(at, rows[at : min(at + self.chunk, starts.stop)]) for at in starts]
@@ -89,6 +89,15 @@ class Batches:
             )
             for at, piece in pieces
         ]
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._known[0] != epoch:
+            rows = order(self.seed, epoch, len(self.examples))
+            if self.lengths is not None:
+                rng = np.random.default_rng([self.seed, epoch, 0])
+                rows = by_length(rows, self.lengths, self.size, rng)
+            self._known = epoch, rows
+        return self._known[1]
 
     def stream(self, epoch: int, number: int, *, pinned: bool = False) -> Generator[list[Any]]:
         """Yield the batches from a place on to the end of the run.
@@ -143,6 +152,3 @@ def _one_thread(worker: int) -> None:
 
 def _as_it_is(found: Any) -> Any:  # noqa: ANN401 - a batch of the task's own
     return found
-
-
-_order = lru_cache(maxsize=2)(order)

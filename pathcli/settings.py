@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence  # noqa: TC003 - a recipe's checker reads them
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -26,13 +27,15 @@ class TrainSettings:
     Batches: `epochs` counts passes over the examples, `batch` is the rows of a batch over all
     processes, `accumulate` how many batches make a step. With `chunk` a batch is embedded in
     pieces of that many rows a process, for contrastive losses whose batch does not fit.
-    `workers` make batches ahead of the loop. `shard` "full" shares the weights out among the
-    processes, so that each holds a part.
+    `workers` make batches ahead of the loop. `by_length` puts examples of about one length into
+    a batch, so that little of it is padding, where the task knows lengths. `shard` "full"
+    shares the weights out among the processes, so that each holds a part.
 
     Rates: in the first `warmup_steps`, or the share `warmup` of all steps, the rate rises
     from `warmup_lr` to `lr`; then `schedule` takes it to `min_lr` at the end (cosine, linear),
     leaves it (constant), or multiplies it by `gamma` every `step_epochs` epochs of the run,
-    not below `min_lr` (step).
+    not below `min_lr` (step). `scale` multiplies the rate of the parts that its names begin
+    (`{connector: 0.5}`).
 
     Weights: `decay_all` puts weight decay on biases and norms too, `clip` is the largest norm
     of a gradient, `ema` the decay per step of a running mean of the weights, which is what is
@@ -43,6 +46,7 @@ class TrainSettings:
     batch: int = 1
     accumulate: int = 1
     chunk: int | None = None
+    by_length: bool = False
     lr: float | list[float] = 1e-4
     min_lr: float = 0.0
     schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"
@@ -51,6 +55,7 @@ class TrainSettings:
     warmup: float = 0.0
     warmup_steps: int | None = None
     warmup_lr: float = 0.0
+    scale: Mapping[str, float] | None = None
     optimizer: Literal["adamw", "adam"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -112,6 +117,8 @@ class TrainSettings:
             yield "warmup_steps must be at least 0"
         if self.warmup and self.warmup_steps is not None:
             yield "warmup and warmup_steps say the same thing; give one"
+        if min((self.scale or {}).values(), default=1) <= 0:
+            yield "scale multiplies rates: positive numbers, {connector: 0.5}"
         if not 0 < self.gamma <= 1:
             yield "gamma must be above 0 and at most 1"
 
@@ -149,3 +156,27 @@ def order(seed: int, epoch: int, n: int) -> list[int]:
     """Return the order of `n` examples in one epoch, a function of the seed and the epoch."""
     shuffled: list[int] = np.random.default_rng([seed, epoch]).permutation(n).tolist()
     return shuffled
+
+
+_WINDOW = 64
+"""Batches within which examples are sorted by length."""
+
+
+def by_length(
+    shuffled: Sequence[int], lengths: Sequence[int], batch: int, rng: np.random.Generator
+) -> list[int]:
+    """Return an order whose batches hold examples of about one length, the batches shuffled.
+
+    Examples are sorted within windows of 64 batches, so that epochs differ; what does not fill
+    a batch stays last.
+    """
+    whole = len(shuffled) - len(shuffled) % batch
+    window = _WINDOW * batch
+    ordered = [
+        row
+        for start in range(0, whole, window)
+        for row in sorted(shuffled[start : min(start + window, whole)], key=lengths.__getitem__)
+    ]
+    starts = (batch * rng.permutation(whole // batch)).tolist()
+    grouped = [row for start in starts for row in ordered[start : start + batch]]
+    return [*grouped, *shuffled[whole:]]

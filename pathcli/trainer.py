@@ -32,6 +32,7 @@ from pathcli.batches import Batches, as_list
 from pathcli.board import Board, require_tensorboard
 from pathcli.errors import DataError, UsageError
 from pathcli.gradient_cache import cached_backward
+from pathcli.optimizer import make_optimizer, set_rate
 from pathcli.registry import did_you_mean
 from pathcli.settings import TrainSettings, learning_rate
 from pathcli.state import (
@@ -70,6 +71,8 @@ class Work:
     worker. For `train.chunk` the module has `embed(batch)`, a tuple of tensors with a row for
     each example, and `loss_of(*embeddings)`, too, and `collate` makes one piece at a time.
 
+    `lengths` are the examples' own, for `train.by_length`.
+
     `validate` returns metrics of the module as it stands; all processes call it, with all the
     weights, and the first one's answer counts. `facts` go into `provenance.json`, and so does
     what `conclude` returns once the chosen weights are back in the module.
@@ -79,24 +82,10 @@ class Work:
     examples: Sequence[Any]
     validate: Callable[[], Metrics] | None = None
     collate: Callable[[list[Any], np.random.Generator], Any] = as_list
+    lengths: Sequence[int] | None = None
     identity: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     conclude: Callable[[], Mapping[str, Any]] = dict
-
-
-def parameter_groups(module: torch.nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
-    """Return the optimiser's groups: biases and norms (fewer than 2 dimensions) do not decay.
-
-    Where weights are shared out, those of one number, which are not, stay apart.
-    """
-    kinds: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for p in (p for p in module.parameters() if p.requires_grad):
-        kind = (settings.shard == "full" and not p.ndim, not settings.decay_all and p.ndim < 2)  # noqa: PLR2004
-        kinds.setdefault(kind, []).append(p)
-    return [
-        {"params": kinds[kind], "weight_decay": 0.0 if kind[1] else settings.weight_decay}
-        for kind in sorted(kinds)
-    ]
 
 
 class _Inside(torch.nn.Module):
@@ -133,14 +122,13 @@ class Loop:
             require_tensorboard()
         self.accelerator = processes.accelerator(settings, device)
         rank, ranks = processes.rank(), processes.ranks()
-        self.feed = Batches(work.examples, work.collate, settings, rank=rank, ranks=ranks)
+        self.feed = Batches(
+            work.examples, work.collate, settings, lengths=work.lengths, rank=rank, ranks=ranks
+        )
         self.batches = self.feed.count
         self.updates = math.ceil(self.batches / settings.accumulate)
         self.inside = processes.spread(_Inside(work.module), self.accelerator, settings.shard)
-        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-        groups = parameter_groups(work.module, settings)
-        fused = self.accelerator.device.type in {"cpu", "cuda"}
-        optimizer = kind(groups, lr=self.lr, betas=settings.betas, eps=settings.eps, fused=fused)
+        optimizer = make_optimizer(work.module, settings, self.lr, self.accelerator.device)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.average = None if settings.ema is None else Average(work.module, settings.ema)
         self.step = self.epochs_done = self.stale = 0
@@ -196,8 +184,7 @@ class Loop:
         self.inside.train()
         for update in range(self.step - self.epochs_done * self.updates, self.updates):
             rate = learning_rate(self.settings, self.lr, self.step, self.steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(self.optimizer, rate)
             together = min(
                 self.settings.accumulate, self.batches - update * self.settings.accumulate
             )
