@@ -51,6 +51,14 @@ def test_the_smallest_image_can_be_cropped() -> None:
     assert (Augment(crop=(0.01, 0.05))(image, 8, rng()) == 7).all()
 
 
+def test_a_mirror_changes_left_and_right_in_half_of_the_images() -> None:
+    image = picture(32, 32)
+    made = [Augment(mirror=True)(image, 32, rng(seed)) for seed in range(40)]
+    changed = [np.array_equal(one, image[:, ::-1]) for one in made]
+    assert all(np.array_equal(m, image) != c for m, c in zip(made, changed, strict=True))
+    assert 12 <= sum(changed) <= 28
+
+
 def test_turns_only_move_pixels() -> None:
     image = picture(32, 32)
     for seed in range(8):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -30,13 +30,14 @@ class Augment:
     """How far a training image may differ from the one on disk; the default changes nothing.
 
     `crop` is the least and largest share of the area that is kept; `turns` allows quarter
-    turns and mirrors, `stain` is how far the amount of each stain may change (0.2: by 20 %),
-    `colour` how far brightness, contrast, saturation and each channel may, and `grey` the
-    probability that colour is taken away altogether.
+    turns and mirrors, `mirror` left for right alone, `stain` is how far the amount of each
+    stain may change (0.2: by 20 %), `colour` how far brightness, contrast, saturation and each
+    channel may, and `grey` the probability that colour is taken away altogether.
     """
 
     crop: tuple[float, float] = (1.0, 1.0)
     turns: bool = False
+    mirror: bool = False
     stain: float = 0.0
     colour: float = 0.0
     grey: float = 0.0
@@ -64,7 +65,8 @@ class Augment:
             cut = cv2.resize(cut, (size_px, size_px), interpolation=how)  # type: ignore[assignment]
         if self.turns:
             cut = np.rot90(cut, int(rng.integers(4)))
-            cut = cut[:, ::-1] if rng.random() < 0.5 else cut  # noqa: PLR2004 - a coin
+        if (self.turns or self.mirror) and rng.random() < 0.5:  # noqa: PLR2004 - a coin
+            cut = cut[:, ::-1]
         if self.stain:
             cut = change_stain(cut, self.stain, rng)
         if self.colour:
@@ -85,22 +87,21 @@ class Augment:
 
 def change_stain(image: ByteArray, strength: float, rng: np.random.Generator) -> ByteArray:
     """Return an image whose stains are stronger or weaker, and shifted a little (Tellez 2018)."""
-    amounts = _DENSITY[image] @ _TO_STAINS
     factor = rng.uniform(1 - strength, 1 + strength, 3)
     shift = rng.uniform(-strength, strength, 3) * 0.15
-    density = (amounts * factor + shift).astype(np.float32) @ _STAINS
-    return _bytes(256 * np.exp(-density) - 1)
+    change = _TO_STAINS @ np.diag(factor) @ _STAINS  # densities are rows: to stains, and back
+    density = _affine(cv2.LUT(image, _DENSITY), -change, -shift @ _STAINS)
+    return _bytes(256 * cv2.exp(density) - 1)
 
 
 def change_colour(image: ByteArray, strength: float, rng: np.random.Generator) -> ByteArray:
     """Return an image of other brightness, contrast, saturation and colour balance."""
     bright, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
-    balance = rng.uniform(1 - strength / 2, 1 + strength / 2, 3).astype(np.float32)
-    pixels = image.astype(np.float32) * bright
-    mean = pixels.mean()
-    pixels = (pixels - mean) * contrast + mean
-    grey = (pixels @ _LUMA)[..., None]
-    return _bytes(((pixels - grey) * saturation + grey) * balance)
+    balance = rng.uniform(1 - strength / 2, 1 + strength / 2, 3)
+    mixed = saturation * np.eye(3) + (1 - saturation) * np.outer(_LUMA, np.ones(3))
+    offset = bright * (1 - contrast) * float(image.mean())
+    change = bright * contrast * mixed * balance
+    return _bytes(_affine(image.astype(np.float32), change, offset * balance))
 
 
 def to_grey(image: ByteArray) -> ByteArray:
@@ -108,5 +109,11 @@ def to_grey(image: ByteArray) -> ByteArray:
     return np.repeat(_bytes(image @ _LUMA)[..., None], 3, axis=-1)
 
 
+def _affine(pixels: Any, matrix: NDArray[Any], shift: NDArray[Any]) -> Any:  # noqa: ANN401 - cv2's
+    """Return float32 `pixels @ matrix + shift` for pixels [h, w, 3]."""
+    return cv2.transform(pixels, np.column_stack([matrix.T, shift]))
+
+
 def _bytes(pixels: Floats) -> ByteArray:
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    np.rint(pixels, out=pixels)
+    return np.clip(pixels, 0, 255, out=pixels).astype(np.uint8)
