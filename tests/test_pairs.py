@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pathcli.data.pairs import Packed, PairData, Pictures, _pack, split
+from pathcli.data.packed import Packed, pack
+from pathcli.data.pairs import PairData, Pictures, split
 from pathcli.errors import DataError, UsageError
 from pathcli.recipe import Recipe, _Check
 from pathcli.types import Member, Region, Sample
@@ -206,7 +207,7 @@ def test_packed_samples_come_back_equal() -> None:
     places: dict[str, int] = {}
     blob, ends = bytearray(), []
     for sample in samples:
-        blob += _pack(sample, places)
+        blob += pack(sample, places)
         ends.append(len(blob))
     packed = Packed(blob, np.array(ends), tuple(places), np.array([2, 0, 1, 0]))
     expected = [samples[i] for i in (2, 0, 1, 0)]

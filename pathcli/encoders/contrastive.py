@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import torch
 
-from pathcli.data.pairs import PairData, Pictures
+from pathcli.data.pairs import Pictures, pictures_of
 from pathcli.encoders.augment import Augment
 from pathcli.encoders.imageset import centre_square
 from pathcli.encoders.pairs import Batches, Loss, Pairs, meaning, moved
@@ -126,13 +126,15 @@ class ContrastiveTask:
         model = copy.deepcopy(self.model)
         facts = self._facts(model.start())
         module = self.module_of(model)
-        read = self._pictures(self.corpus.val)
+        read = pictures_of(self.data, self.corpus.val)
         check = self.judge(module, self.corpus, self.train, read) if len(self.corpus.val) else None
         return Work(
             module,
             self.corpus.train,
             check,
-            collate=Batches(self.corpus, model, self.augment, self._pictures(self.corpus.train)),
+            collate=Batches(
+                self.corpus, model, self.augment, pictures_of(self.data, self.corpus.train)
+            ),
             identity=digest([facts[name] for name in ("data", "samples", "model")]),
             facts=facts,
         )
@@ -140,10 +142,6 @@ class ContrastiveTask:
     def module_of(self, model: Any) -> Any:  # noqa: ANN401 - a task of other losses has its own
         """Return a started model as the trainer sees it."""
         return Pairs(model, self.loss)
-
-    def _pictures(self, samples: Sequence[Sample]) -> Pictures:
-        """Return what reads images, as tolerant of broken ones as the data say."""
-        return self.data.pictures(samples) if isinstance(self.data, PairData) else Pictures(samples)
 
     def _facts(self, model: Mapping[str, Any]) -> dict[str, Any]:
         corpus = self.corpus

@@ -1,10 +1,16 @@
-"""A file, folder or glob of images and captions in, samples out: every layout we read, by name."""
+"""A file, folder or glob of images and texts in, samples out: every layout we read, by name.
+
+`CAPTIONS` are layouts of images and captions, `TALKS` those of questions and conversations; how
+a record of each looks is told by `formats`, and with a sample in the module that reads it.
+"""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from pathcli.data.formats import conversations, vqa
 from pathcli.data.formats.published import pathgen, pathgen_init, pmc_oa, pubmedvision, quilt
 from pathcli.data.formats.shards import COMPRESSED, folder, shard_list, webdataset
 from pathcli.data.formats.source import Source
@@ -12,12 +18,12 @@ from pathcli.data.formats.tables import CAPTION, IMAGE, TABLES, manifest, read_r
 from pathcli.errors import DataError, ResourceError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from pathcli.types import Sample
 
-__all__ = ["FORMATS", "Format", "Source", "recognise", "samples"]
+__all__ = ["CAPTIONS", "TALKS", "Format", "Source", "TalkFormat", "formats", "recognise", "samples"]
 
 Format = Literal[
     "auto",
@@ -31,29 +37,110 @@ Format = Literal[
     "pubmedvision",
 ]
 
-FORMATS: dict[str, Callable[[Source], Iterator[Sample]]] = {
-    "manifest": manifest,
-    "webdataset": webdataset,
-    "folder": folder,
-    "pathgen": pathgen,
-    "pathgen-init": pathgen_init,
-    "quilt-1m": quilt,
-    "pmc-oa": pmc_oa,
-    "pubmedvision": pubmedvision,
+TalkFormat = Literal[
+    Format,
+    "llava",
+    "pathgen-instruct",
+    "questions",
+    "clover-generations",
+    "pathvqa",
+    "lxmert",
+    "pmc-vqa",
+]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one layout is read, what a record of it holds, and the columns it is known by."""
+
+    read: Callable[[Source], Iterator[Sample]]
+    record: str
+    marks: frozenset[str] = frozenset()
+
+
+def _layout(read: Callable[[Source], Iterator[Sample]], record: str, *marks: str) -> Layout:
+    return Layout(read, record, frozenset(marks))
+
+
+CAPTIONS: dict[str, Layout] = {
+    "pathgen": _layout(
+        pathgen,
+        "{wsi_id, position: [x, y], caption, file_id?}: 672 px of a slide at level 0",
+        *("wsi_id", "position", "caption"),
+    ),
+    "pubmedvision": _layout(
+        pubmedvision,
+        "{image: [...], conversations, modality, body_part}: the first answer is the caption",
+        *("image", "conversations", "modality"),
+    ),
+    "pmc-oa": _layout(pmc_oa, "{image, caption, pmcid}", "image", "caption", "pmcid"),
+    "quilt-1m": _layout(
+        quilt,
+        "CSV with image_path, caption, pathology",
+        *("image_path", "caption", "pathology"),
+    ),
+    "manifest": _layout(manifest, "{image, caption, label?, group?}; CSV, JSON, JSONL or Parquet"),
+    "webdataset": _layout(webdataset, "tar shards: 1.jpg with 1.txt, or 1.json {caption}"),
+    "folder": _layout(folder, "a folder: a.png with a.txt"),
+    "pathgen-init": _layout(
+        pathgen_init, "*_imgs.json, lists of names, and the tables that have their captions"
+    ),
 }
 
-_MARKS = {
-    "pathgen": {"wsi_id", "position", "caption"},
-    "pubmedvision": {"image", "conversations", "modality"},
-    "pmc-oa": {"image", "caption", "pmcid"},
-    "quilt-1m": {"image_path", "caption", "pathology"},
+TALKS: dict[str, Layout] = {
+    "pubmedvision": CAPTIONS["pubmedvision"],
+    "pathgen-instruct": _layout(
+        conversations.pathgen_instruct,
+        "{wsi_id, file_id?, position: [x, y], type, conversations}: 672 px of a slide at level 0",
+        *("wsi_id", "position", "conversations"),
+    ),
+    "llava": _layout(
+        conversations.llava,
+        "{image, conversations: [{from: human, value}, {from: gpt, value}, ...]}",
+        "conversations",
+    ),
+    "pmc-vqa": _layout(
+        vqa.pmc_vqa,
+        "CSV with Figure_path, Question, Choice A, ... Choice D, Answer, Answer_label?",
+        *("figure_path", "question", "choice a", "answer"),
+    ),
+    "clover-generations": _layout(
+        vqa.clover_generations, '{path, QA: lines of question: "..." and answer: "..."}', "qa"
+    ),
+    "lxmert": _layout(
+        vqa.lxmert,
+        "{img_id, sentf: {pvqa: [question, ...]}, labelf: {pvqa: [{answer: score}, ...]}}",
+        *("img_id", "sentf", "labelf"),
+    ),
+    "pathvqa": _layout(
+        vqa.pathvqa,
+        "a pickle (or JSON) of {img_id, sent or question, label: {answer: score}}",
+        *("img_id", "label"),
+    ),
+    "questions": _layout(
+        vqa.questions,
+        "{image or path, question, answer}; CSV, JSON, JSONL or Parquet",
+        *("question", "answer"),
+    ),
+    **CAPTIONS,
+    "webdataset": _layout(
+        conversations.webdataset,
+        "tar shards: 1.jpg with 1.json {conversations} or {question, answer}, or a caption",
+    ),
 }
-"""The columns by which a table's layout is known."""
+"""In the order in which a first record is tried: the more telling columns first."""
 
 log = logging.getLogger("pathcli")
 
 
-def samples(source: Source, name: Format = "auto") -> Iterator[Sample]:
+def formats(layouts: Mapping[str, Layout] = TALKS) -> list[tuple[str, str]]:
+    """Return the name of each layout and what a record of it holds, in one line."""
+    return [(name, layout.record) for name, layout in layouts.items()]
+
+
+def samples(
+    source: Source, name: str = "auto", layouts: Mapping[str, Layout] = CAPTIONS
+) -> Iterator[Sample]:
     """Return the samples of a source in the order of its rows; `source.dropped` counts the rest.
 
     Raises:
@@ -62,15 +149,15 @@ def samples(source: Source, name: Format = "auto") -> Iterator[Sample]:
         UsageError: `keep` is given for what has no columns.
     """
     if name == "auto":
-        name = recognise(source.path)
+        name = recognise(source.path, layouts)
         log.info("%s: read as %s", source.path, name)
     if source.keep and name in {"webdataset", "folder"}:
         msg = f"{source.path}: data.keep chooses rows of a table, this is a {name}"
         raise UsageError(msg)
-    return FORMATS[name](source)
+    return layouts[name].read(source)
 
 
-def recognise(path: Path) -> Format:
+def recognise(path: Path, layouts: Mapping[str, Layout] = CAPTIONS) -> str:
     """Return the layout of a file, folder or pattern, by its endings and its first row.
 
     Raises:
@@ -78,7 +165,9 @@ def recognise(path: Path) -> Format:
         ResourceError: it is not there.
     """
     if path.is_dir():
-        return _of_folder(path)
+        name = _of_folder(path)
+        if name != "manifest" or layouts is CAPTIONS:
+            return name
     if path.name.lower().endswith((".tar", *COMPRESSED)):
         shard_list(path)
         return "webdataset"
@@ -87,20 +176,23 @@ def recognise(path: Path) -> Format:
         raise ResourceError(msg)
     if path.name.endswith("_imgs.json"):
         return "pathgen-init"
-    row = next(iter(read_rows(path)), {})
-    for name, marks in _MARKS.items():
-        if marks <= row.keys():
-            return name  # type: ignore[return-value]  # the table's names are of the Literal
+    row = next(iter(vqa.records(path) if layouts is TALKS else read_rows(path)), {})
+    for name, layout in layouts.items():
+        if layout.marks and layout.marks <= row.keys():
+            return name
     if {*row} & {*IMAGE} and {*row} & {*CAPTION}:
         return "manifest"
+    marks = {name: ", ".join(sorted(each.marks)) for name, each in layouts.items() if each.marks}
+    known = "; ".join(f"{name} ({columns})" for name, columns in marks.items())
     msg = (
         f"{path}: no known layout, the first row has {', '.join(row) or 'nothing'}; a table needs "
         f"an image ({', '.join(IMAGE)}) and a caption ({', '.join(CAPTION)}), or give data.format"
+        + (f"; by their columns are known: {known}" if layouts is TALKS else "")
     )
     raise DataError(msg)
 
 
-def _of_folder(path: Path) -> Format:
+def _of_folder(path: Path) -> str:
     names = [entry.name.lower() for entry in path.iterdir()]
     if any(name.endswith("_imgs.json") for name in names):
         return "pathgen-init"

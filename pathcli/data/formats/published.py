@@ -15,9 +15,9 @@ from pathcli.slides.discovery import SLIDE_SUFFIXES
 from pathcli.types import Region, Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from pathcli.data.formats.source import Row, Source
+    from pathcli.data.formats.source import Row, Source, Talk
 
 PATHGEN_PX = 672
 """Side of a PathGen region in level-0 pixels (README of the data set)."""
@@ -31,8 +31,16 @@ _ARTICLE = re.compile(r"PMC\d+")
 # --- PathGen -----------------------------------------------------------------------------
 
 
-def pathgen(source: Source) -> Iterator[Sample]:
+def _caption(row: Row) -> list[Talk]:
+    return [((), text) for text in texts(row.get("caption"))[:1]]
+
+
+def pathgen(
+    source: Source, said: Callable[[Row], list[Talk]] = _caption, what: str = "caption"
+) -> Iterator[Sample]:
     """Yield PathGen's records {wsi_id, position, caption, file_id?} as regions of slides.
+
+    `said` finds what is said in a record, by default its caption, and `what` calls it.
 
     Slides lie anywhere below `images`. A slide is known by its id as the stem or the beginning
     of the file's name; of several, the one in GDC's folder <file_id> is meant.
@@ -43,11 +51,11 @@ def pathgen(source: Source) -> Iterator[Sample]:
     """
     slides, missing, there = Slides(source.root), set[str](), set[str]()
     for row in source.wanted(read_rows(source.path)):
-        wsi, caption = plain(row.get("wsi_id")), texts(row.get("caption"))
+        wsi, talks = plain(row.get("wsi_id")), said(row)
         xy = _position(row.get("position"))
         if not wsi or xy is None:
             if source.rows == 1:
-                msg = f"{source.path}: records need wsi_id, position and caption, not {[*row]}"
+                msg = f"{source.path}: records need wsi_id, position and {what}, not {[*row]}"
                 raise DataError(msg)
             source.drop("no slide or position", wsi or f"row {source.rows}")
             continue
@@ -56,11 +64,12 @@ def pathgen(source: Source) -> Iterator[Sample]:
         (missing if path is None else there).add(wsi)
         if path is None:
             source.drop("no slide of this id, or several", wsi)
-        elif not caption:
-            source.drop("no caption", name)
+        elif not talks:
+            source.drop(f"no {what}", name)
         else:
             region = Region(path, xy, PATHGEN_PX)
-            yield Sample(name, (region,), caption[0], group=patient(wsi))
+            for turns, answer in talks:
+                yield Sample(name, (region,), answer, turns, group=patient(wsi))
     if missing:
         first = ", ".join(sorted(missing)[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
         known = len(missing | there)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from pathcli.data.formats.source import ENDINGS, texts
 from pathcli.data.formats.tables import CAPTION, GROUP, LABEL, pick
 from pathcli.errors import DataError, ResourceError
 from pathcli.types import Member
@@ -22,10 +23,9 @@ from pathcli.types import Member
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pathcli.data.formats.source import Source
+    from pathcli.data.formats.source import Row, Source, Talk
     from pathcli.types import Sample
 
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"}
 TEXTS = {".txt", ".caption"}
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -38,18 +38,26 @@ _EXPORT = re.compile(r"(.+)_\d+_\d+$")
 # --- tar shards --------------------------------------------------------------------------
 
 
-def webdataset(source: Source) -> Iterator[Sample]:
+def captions(row: Row) -> list[Talk]:
+    """Return the captions of a record."""
+    return [((), text) for text in texts(pick(row, CAPTION))]
+
+
+def webdataset(
+    source: Source, said: Callable[[Row], list[Talk]] = captions, why: str = "no caption"
+) -> Iterator[Sample]:
     """Yield the samples of tar shards: members of one stem are an image and its text.
 
     The text is a `.txt` or `.caption`, or the caption in a `.json`, which may also give label
-    and group. The stem ends at the last dot.
+    and group. The stem ends at the last dot. `said` finds what is said in a record, and `why`
+    tells that there is nothing.
 
     Raises:
         DataError: compressed, truncated, or no tar.
         ResourceError: no shard, or one of a range is missing.
     """
     for path in shard_list(source.path):
-        yield from _pairs(source, _index(path))
+        yield from _samples(source, _index(path), said, why)
 
 
 @dataclass
@@ -61,7 +69,7 @@ class _Found:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def add(self, suffix: str, ref: str | Member, read: Callable[[], bytes]) -> None:
-        if suffix in IMAGES:
+        if suffix in ENDINGS:
             self.image = ref
         elif suffix in TEXTS:
             self.text = read().decode("utf-8-sig")
@@ -70,9 +78,15 @@ class _Found:
             self.facts = facts if isinstance(facts, dict) else {}
 
 
-def _pairs(source: Source, index: dict[str, _Found]) -> Iterator[Sample]:
+def _samples(
+    source: Source,
+    index: dict[str, _Found],
+    said: Callable[[Row], list[Talk]] = captions,
+    why: str = "no caption",
+) -> Iterator[Sample]:
     for stem, found in index.items():
-        if found.image is None and not found.text and not pick(found.facts, CAPTION):
+        talks = said(found.facts | ({"caption": found.text} if found.text else {}))
+        if found.image is None and not found.text and not talks:
             continue  # neither image nor caption: some other file
         source.rows += 1
         if found.image is None:
@@ -80,8 +94,8 @@ def _pairs(source: Source, index: dict[str, _Found]) -> Iterator[Sample]:
             continue
         exported = _EXPORT.match(PurePosixPath(stem).name)
         group = pick(found.facts, GROUP) or (exported and exported[1])
-        caption = found.text or pick(found.facts, CAPTION)
-        yield from source.pairs(found.image, caption, pick(found.facts, LABEL), group)
+        label = pick(found.facts, LABEL)
+        yield from source.talks(found.image, talks, why, label=label, group=group)
 
 
 def _index(path: Path) -> dict[str, _Found]:
@@ -186,4 +200,4 @@ def folder(source: Source) -> Iterator[Sample]:
             except ValueError as error:
                 msg = f"{path}: not text or JSON ({error})"
                 raise DataError(msg) from error
-        yield from _pairs(source, index)
+        yield from _samples(source, index)

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 """One record, its keys in lower case; an image is a name, a list of names, or a `Member`."""
 
+Talk = tuple[tuple[str, ...], str]
+"""What is said in turns before an answer, and the answer; before a caption nothing is said."""
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
+"""The files that are images."""
+
 _TCGA = re.compile(r"TCGA-\w\w-\w{4}(?=-|$)")
 _ANY = "*"
 
@@ -33,13 +39,14 @@ class Source:
 
     `images` is the folder of images or slides (default: beside the table); `keep` maps columns
     to the values wanted, "*" for any that is not empty; `deep` looks for an image in all
-    folders below `images` by its name alone.
+    folders below `images` by its name alone; `bare` lets names lack the file's ending.
     """
 
     path: Path
     images: Path | None = None
     keep: Mapping[str, Sequence[str]] = field(default_factory=dict)
     deep: bool = False
+    bare: bool = False
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -80,22 +87,38 @@ class Source:
         self, image: object, captions: object, label: object = None, group: object = None
     ) -> Iterator[Sample]:
         """Yield a sample for each caption of an image, or of several images shown together."""
+        talks: list[Talk] = [((), text) for text in texts(captions)]
+        yield from self.talks(image, talks, "no caption", label=label, group=group)
+
+    def talks(
+        self,
+        image: object,
+        talks: Sequence[Talk],
+        why: str,
+        *,
+        label: object = None,
+        group: object = None,
+        name: str = "",
+    ) -> Iterator[Sample]:
+        """Yield a sample for each talk about one image or several; `why` says there is none.
+
+        `name` stands for the image where its place does not name it.
+        """
         names = [name for name in (image if isinstance(image, list) else [image]) if name]
         shown = str(getattr(names[0], "name", names[0])) if names else f"row {self.rows}"
-        words = texts(captions)
         if not names:
             self.drop("no image is named", shown)
             return
-        if not words:
-            self.drop("no caption", shown)
+        if not talks:
+            self.drop(why, shown)
             return
         refs = tuple(ref for name in names if (ref := self._ref(name)) is not None)
         if len(refs) < len(names):
             self.drop("no such image file", shown)
             return
-        same = ", ".join(_name(ref, name) for ref, name in zip(refs, names, strict=True))
-        for text in words:
-            yield Sample(same, refs, text, label=plain(label), group=patient(plain(group)))
+        same = name or ", ".join(_name(ref, name) for ref, name in zip(refs, names, strict=True))
+        for turns, answer in talks:
+            yield Sample(same, refs, answer, turns, plain(label), patient(plain(group)))
 
     def _ref(self, name: object) -> ImageRef | None:
         if isinstance(name, Member):
@@ -105,15 +128,22 @@ class Source:
     @cached_property
     def files(self) -> Files:
         """What is there below `root`."""
-        return Files(self.root, deep=self.deep)
+        return Files(self.root, deep=self.deep, bare=self.bare)
+
+    def absorb(self, other: Source) -> None:
+        """Count what became of another source's rows as well."""
+        self.rows += other.rows
+        self.dropped += other.dropped
+        self.examples = other.examples | self.examples
+        self.warnings += other.warnings
 
 
 class Files:
     """Which files exist, known from one listing of each folder rather than a look at each file."""
 
-    def __init__(self, root: Path, *, deep: bool = False) -> None:
-        """List nothing yet; `deep` finds a file in any folder below `root`."""
-        self.root, self._deep = str(root), deep
+    def __init__(self, root: Path, *, deep: bool = False, bare: bool = False) -> None:
+        """List nothing yet; `deep` finds a file in any folder below `root`, `bare` any ending."""
+        self.root, self._deep, self._bare = str(root), deep, bare
         self._listed: dict[str, frozenset[str]] = {}
         self._elsewhere: dict[str, str] = {}
 
@@ -123,6 +153,11 @@ class Files:
         A file that is not where it is named stands for one name alone, the first; and of
         several files of one name in the folders below none is taken.
         """
+        lacks = self._bare and not name.lower().endswith(ENDINGS)
+        spelled = [name, *(name + ending for ending in ENDINGS)] if lacks else [name]
+        return next((path for path in map(self._find, spelled) if path), None)
+
+    def _find(self, name: str) -> str | None:
         folder, base = os.path.split(os.path.join(self.root, name))  # noqa: PTH118 - a million times
         if base not in self._names(folder):
             below = self._below.get(base) if self._deep else None
