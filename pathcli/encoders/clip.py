@@ -19,6 +19,7 @@ from pathcli.encoders.preprocess import (
     describe,
     encoder_id,
     run,
+    token_layer,
 )
 from pathcli.encoders.text import run_texts, scale_of
 from pathcli.errors import DataError, ResourceError, UsageError
@@ -48,8 +49,11 @@ def architectures() -> dict[str, dict[str, Any]]:
 class OpenClipEncoder:
     """An open_clip model: images give projected embeddings [d], or patch tokens [t, width].
 
-    Texts give embeddings [d] of the same space; both towers are loaded and checked together,
-    so that a checkpoint is what it says it is. An `ImageTextEncoder`.
+    Tokens are without the class token: at layer -1 those of the last block after the tower's
+    final norm, as open_clip gives them; at -2 and below those of that block, not normed, as
+    transformers' `hidden_states[layer]` (LLaVA-1.5 reads -2). Texts give embeddings [d] of the
+    same space; both towers are loaded and checked together, so that a checkpoint is what it
+    says it is. An `ImageTextEncoder`.
     """
 
     native_source = "the architecture's input size, at 0.5 um per pixel"
@@ -61,12 +65,13 @@ class OpenClipEncoder:
         model: str,
         checkpoint: Path | str | None = None,
         tokens: bool = False,
+        layer: int = -1,
         precision: str = "float32",
     ) -> None:
         """Look the architecture up; weights are read by `load`.
 
         Raises:
-            UsageError: open_clip has no such architecture.
+            UsageError: open_clip has no such architecture, or it no such layer.
         """
         known = architectures()
         if model not in known:
@@ -76,6 +81,7 @@ class OpenClipEncoder:
         self.name = f"open_clip_{model}"
         self.model, self.checkpoint = model, checkpoint
         self.tokens, self.precision = tokens, precision
+        self.layer = token_layer(layer, tokens=tokens)
         size = known[model]["vision_cfg"].get("image_size", 224)
         self.input_px = int(size if isinstance(size, int) else size[0])
         self.native = tile_spec(self.input_px)
@@ -85,7 +91,9 @@ class OpenClipEncoder:
     @cached_property
     def id(self) -> str:
         """See `Encoder.id`; which activation is used counts too."""
-        how = describe(self.preprocess, tokens=self.tokens, precision=self.precision)
+        how = describe(
+            self.preprocess, tokens=self.tokens, precision=self.precision, layer=self.layer
+        )
         return encoder_id(self.name, sha256(self._file()), self.quick_gelu, *how)
 
     def _file(self) -> Path:
@@ -99,7 +107,7 @@ class OpenClipEncoder:
 
         Raises:
             DataError: the checkpoint is corrupt, or fits another architecture, which is named.
-            UsageError: tokens of a tower that has none.
+            UsageError: tokens of a tower that has none, or a layer it has not.
         """
         import torch  # noqa: PLC0415
 
@@ -126,6 +134,8 @@ class OpenClipEncoder:
             msg = f"--tokens: open_clip's {self.model} has no patch tokens"
             raise UsageError(msg)
         if self.tokens:
+            blocks = len(network.visual.transformer.resblocks)
+            token_layer(self.layer, tokens=True, blocks=blocks)
             network.visual.output_tokens = True
         self.network = network
         self.logit_scale = scale_of(state.get("logit_scale"))
@@ -141,6 +151,11 @@ class OpenClipEncoder:
         return f"{file}: does not fit open_clip's {self.model} ({faults[0]}); {told}{use}"
 
     def _tower(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.layer != -1:
+            inner: torch.Tensor = self.network.visual.forward_intermediates(
+                pixels, [self.layer], stop_early=True, intermediates_only=True, output_fmt="NLC"
+            )["image_intermediates"][0]
+            return inner
         given = self.network.visual(pixels)  # CoCa and towers with tokens give (pooled, tokens)
         if isinstance(given, tuple):
             given = given[1] if self.tokens else given[0]
@@ -265,11 +280,16 @@ class PathGenClip(OpenClipEncoder):
         *,
         checkpoint: Path | str | None = None,
         tokens: bool = False,
+        layer: int = -1,
         precision: str = "float32",
     ) -> None:
         """Know the architecture; the weights come from the hub unless `checkpoint` is given."""
         super().__init__(
-            model=self.architecture, checkpoint=checkpoint, tokens=tokens, precision=precision
+            model=self.architecture,
+            checkpoint=checkpoint,
+            tokens=tokens,
+            layer=layer,
+            precision=precision,
         )
         self.name = self.published
 
@@ -303,6 +323,7 @@ class QuiltNet(OpenClipEncoder):
         model: str = "B-32",
         checkpoint: Path | str | None = None,
         tokens: bool = False,
+        layer: int = -1,
         precision: str = "float32",
     ) -> None:
         """Know the architecture; the weights come from the hub unless `checkpoint` is given.
@@ -314,7 +335,11 @@ class QuiltNet(OpenClipEncoder):
             msg = f"quilt-net comes as {' and '.join(self.sizes)}, not {model!r}"
             raise UsageError(msg)
         super().__init__(
-            model=self.sizes[model], checkpoint=checkpoint, tokens=tokens, precision=precision
+            model=self.sizes[model],
+            checkpoint=checkpoint,
+            tokens=tokens,
+            layer=layer,
+            precision=precision,
         )
         self.name = "quilt-net" if model == "B-32" else f"quilt-net:{model}"
 

@@ -14,6 +14,7 @@ from pathcli.encoders.preprocess import (
     describe,
     encoder_id,
     run,
+    token_layer,
 )
 from pathcli.encoders.text import run_texts, scale_of
 from pathcli.errors import DataError, ResourceError, UsageError
@@ -70,21 +71,27 @@ def _preprocessing(folder: Path) -> dict[str, Any]:
 class HFClipEncoder:
     """A transformers CLIP: images give projected embeddings [d], or patch tokens [t, width].
 
-    Texts give embeddings [d] of the same space. An `ImageTextEncoder`.
+    Tokens are `hidden_states[layer]` without the class token: what that block gives, -1 the
+    last, before the tower's final norm; LLaVA-1.5 reads -2. Texts give embeddings [d] of the
+    same space. An `ImageTextEncoder`.
     """
 
     native_source = "the folder's own input size, at 0.5 um per pixel"
 
-    def __init__(self, *, model: str, tokens: bool = False, precision: str = "float32") -> None:
+    def __init__(
+        self, *, model: str, tokens: bool = False, layer: int = -1, precision: str = "float32"
+    ) -> None:
         """Read the folder's configuration, without importing torch.
 
         Raises:
             DataError: not a CLIP folder, or one prepared otherwise than is done here.
             ResourceError: neither a folder nor to be had from the hub.
+            UsageError: no such layer.
         """
         self.folder = Path(model) if Path(model).is_dir() else fetch(Hub(model))
         self.name = "hf_clip" if Path(model).is_dir() else model.replace("/", "_")
         self.tokens, self.precision = tokens, precision
+        self.layer = token_layer(layer, tokens=tokens)
         config = _read_json(self.folder / "config.json")
         kind = config.get("model_type")
         if kind != "clip":
@@ -106,7 +113,9 @@ class HFClipEncoder:
     @cached_property
     def id(self) -> str:
         """See `Encoder.id`."""
-        how = describe(self.preprocess, tokens=self.tokens, precision=self.precision)
+        how = describe(
+            self.preprocess, tokens=self.tokens, precision=self.precision, layer=self.layer
+        )
         return encoder_id(self.name, sha256(self.folder), *how)
 
     def load(self, device: str) -> None:
@@ -114,6 +123,7 @@ class HFClipEncoder:
 
         Raises:
             DataError: the weights are corrupt or do not fit their own configuration.
+            UsageError: no such layer.
         """
         import torch  # noqa: PLC0415
 
@@ -135,6 +145,8 @@ class HFClipEncoder:
         if wrong:
             msg = f"{self.folder}: {len(wrong)} tensors do not fit config.json ({wrong[0]})"
             raise DataError(msg)
+        blocks = network.config.vision_config.num_hidden_layers
+        token_layer(self.layer, tokens=self.tokens, blocks=blocks)
         self.network = network.eval().requires_grad_(False).to(device)  # noqa: FBT003
         self.logit_scale = scale_of(None if "logit_scale" in missing else network.logit_scale)
         blank = torch.zeros(1, self.input_px, self.input_px, 3, dtype=torch.uint8, device=device)
@@ -147,12 +159,13 @@ class HFClipEncoder:
             raise DataError(msg) from error
 
     def _tower(self, pixels: torch.Tensor) -> torch.Tensor:
-        seen = self.network.vision_model(pixel_values=pixels)
-        features: torch.Tensor = (
-            seen.last_hidden_state[:, 1:]
-            if self.tokens
-            else self.network.visual_projection(seen.pooler_output)
-        )
+        inner = self.layer != -1
+        seen = self.network.vision_model(pixel_values=pixels, output_hidden_states=inner)
+        features: torch.Tensor
+        if self.tokens:
+            features = (seen.hidden_states[self.layer] if inner else seen.last_hidden_state)[:, 1:]
+        else:
+            features = self.network.visual_projection(seen.pooler_output)
         return features
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -211,9 +224,12 @@ class PathGenClipLHF(HFClipEncoder):
 
     native_source = "PathGen-CLIP-L's 336 px input; 0.5 um per pixel (20x)"
 
-    def __init__(self, *, tokens: bool = False, precision: str = "float32") -> None:
+    def __init__(
+        self, *, tokens: bool = False, layer: int = -1, precision: str = "float32"
+    ) -> None:
         """Fetch the folder from the hub, or find it in the hub's cache."""
-        super().__init__(model=str(fetch("pathgen-clip-l-hf")), tokens=tokens, precision=precision)
+        folder = str(fetch("pathgen-clip-l-hf"))
+        super().__init__(model=folder, tokens=tokens, layer=layer, precision=precision)
         self.name = "pathgen-clip-l-hf"
 
 
@@ -233,6 +249,7 @@ class Plip(HFClipEncoder):
         *,
         checkpoint: Path | str | None = None,
         tokens: bool = False,
+        layer: int = -1,
         precision: str = "float32",
     ) -> None:
         """Take the hub's folder, or one of one's own.
@@ -246,7 +263,7 @@ class Plip(HFClipEncoder):
         if not folder.is_dir():
             msg = f"{folder}: plip needs the whole folder, with config.json beside the weights"
             raise UsageError(msg)
-        super().__init__(model=str(folder), tokens=tokens, precision=precision)
+        super().__init__(model=str(folder), tokens=tokens, layer=layer, precision=precision)
         self.name = "plip"
 
     def load(self, device: str) -> None:

@@ -65,7 +65,23 @@ def encoder_id(name: str, weights: str, *how: Any) -> str:  # noqa: ANN401 - JSO
     return f"{readable}-{digest([weights, *how])}"
 
 
-def describe(preprocess: Preprocess, *, tokens: bool, precision: str) -> list[Any]:
+def token_layer(layer: int, *, tokens: bool, blocks: int | None = None) -> int:
+    """Return `layer`, the block that tokens are taken from, -1 the last of `blocks` if known.
+
+    Raises:
+        UsageError: there is no such block, or no tokens are wanted.
+    """
+    if layer != -1 and not tokens:
+        msg = f"layer {layer} is of patch tokens; set tokens: true, too"
+        raise UsageError(msg)
+    if layer >= 0 or (blocks is not None and layer < -blocks):
+        has = f", and this tower has {blocks}" if blocks else ""
+        msg = f"layers are counted from the last one's -1 backwards{has}: not {layer}"
+        raise UsageError(msg)
+    return layer
+
+
+def describe(preprocess: Preprocess, *, tokens: bool, precision: str, layer: int = -1) -> list[Any]:
     """Return what an encoder's id needs beside its weights.
 
     Raises:
@@ -74,7 +90,7 @@ def describe(preprocess: Preprocess, *, tokens: bool, precision: str) -> list[An
     if precision not in PRECISIONS:
         msg = f"--precision is one of {', '.join(PRECISIONS)}, not {precision!r}"
         raise UsageError(msg)
-    pooling = "tokens" if tokens else "pooled"
+    pooling = "pooled" if not tokens else "tokens" if layer == -1 else f"tokens of {layer}"
     return [asdict(preprocess), pooling, precision]
 
 
