@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from pathcli.data.images import image_name, member_bytes, read_image
 from pathcli.errors import DataError, ResourceError
 from pathcli.slides.readers import open_slide
 from pathcli.store.store import item_name
-from pathcli.types import WHOLE, Key, Member, Region, SlideInfo, Tiles, TileStatus
+from pathcli.types import WHOLE, Key, Member, Region, SlideInfo, Tiles, TileStatus, silent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pathcli.encoders.embedding import Embedder
-    from pathcli.types import ByteArray, HalfArray, ImageRef, Progress
+    from pathcli.store import Store
+    from pathcli.types import ByteArray, Features, HalfArray, ImageRef, Progress
 
 SHARD = 10_000
 _MPP = 1.0
@@ -65,38 +66,121 @@ def embed_images(
         DataError: not one image can be read, or a file vanishes meanwhile.
         ResourceError: no weights, no space, or another process is embedding the same set.
     """
-    with ThreadPoolExecutor(embedder.workers, thread_name_prefix="digest") as pool:
-        names = list(pool.map(image_digest, refs))
-    by_name = {name: ref for name, ref in zip(names, refs, strict=True) if name}
-    if not by_name:
-        raise _none_readable(refs)
-    ordered = sorted(by_name)
-    row_of = {name: row for row, name in enumerate(ordered)}
-    rows = np.array([row_of[name] if name else -1 for name in names])
-    readable = np.zeros(len(refs), bool)
-    values: HalfArray | None = None
-    keys, encoded = [], 0
-    for start in range(0, len(ordered), SHARD):
-        part = ordered[start : start + SHARD]
+    images = ImageSet(refs, embedder.workers)
+    encoded = images.fill(embedder, progress or silent)
+    found = MappedImages(images, embedder.encoder.id, embedder.store)
+    values = np.full((len(refs), *found.row_shape), np.nan, np.float16)
+    for shard in range(len(found.keys)):
+        here = np.flatnonzero(images.rows // SHARD == shard)
+        values[here] = found.entry(shard).values[images.rows[here] % SHARD]
+    return ImageFeatures(values, found.readable, encoded, images.copies, found.keys)
 
-        def step(done: int, of: int, before: int = start) -> None:
-            del of
-            if progress:
-                progress(before + done, len(ordered))
 
-        key, new = _shard(part, [by_name[name] for name in part], embedder, step)
-        found = embedder.store.features.mapped(key)
-        if values is None:
-            values = np.full((len(refs), *found.values.shape[1:]), np.nan, np.float16)
-        here = np.flatnonzero((rows >= start) & (rows < start + len(part)))
-        values[here] = found.values[rows[here] - start]
-        readable[here] = found.status[rows[here] - start] == TileStatus.OK
-        keys.append(key)
-        encoded += new
-    if values is None or not readable.any():
-        raise _none_readable(refs)
-    copies = int((rows >= 0).sum()) - len(by_name)
-    return ImageFeatures(values, readable, encoded, copies, tuple(keys))
+class ImageSet:
+    """Images by their content: which entries of a store hold their features, and at which row.
+
+    `rows` int64 [n] is the row of each image in the whole set, -1 where there is no image;
+    `copies` are images that are byte for byte another one.
+    """
+
+    def __init__(self, refs: Sequence[ImageRef], workers: int = 2) -> None:
+        """Read every image's bytes once, for their digest.
+
+        Raises:
+            DataError: not one image is there.
+            ResourceError: a file may not be read.
+        """
+        with ThreadPoolExecutor(workers, thread_name_prefix="digest") as pool:
+            names = list(pool.map(image_digest, refs))
+        self.refs = refs
+        self._by_name = {name: ref for name, ref in zip(names, refs, strict=True) if name}
+        if not self._by_name:
+            raise _none_readable(refs)
+        self._names = sorted(self._by_name)
+        row_of = {name: row for row, name in enumerate(self._names)}
+        self.rows = np.array([row_of[name] if name else -1 for name in names])
+        self.copies = int((self.rows >= 0).sum()) - len(self._by_name)
+
+    @property
+    def _shards(self) -> list[list[str]]:
+        return [self._names[i : i + SHARD] for i in range(0, len(self._names), SHARD)]
+
+    def keys(self, encoder: str) -> tuple[Key, ...]:
+        """Return the keys of the entries of an encoder, given by its id."""
+        return tuple(
+            Key(_item(_digest(part)), _MPP, WHOLE.digest, encoder) for part in self._shards
+        )
+
+    def missing(self, encoder: str, store: Store) -> int:
+        """Return how many images are in entries that the store does not have yet."""
+        shards = zip(self.keys(encoder), self._shards, strict=True)
+        return sum(len(part) for key, part in shards if key not in store.features)
+
+    def fill(self, embedder: Embedder, progress: Progress) -> int:
+        """Embed what the store does not have; return how many images were encoded.
+
+        Raises:
+            DataError: a file vanishes meanwhile.
+            ResourceError: no weights, no space, or another process is embedding the same set.
+        """
+        encoded = before = 0
+        for key, part in zip(self.keys(embedder.encoder.id), self._shards, strict=True):
+
+            def step(done: int, of: int, before: int = before) -> None:
+                del of
+                progress(before + done, len(self._names))
+
+            if key not in embedder.store.features:
+                refs = [self._by_name[name] for name in part]
+                encoded += _fill(key, _digest(part), refs, embedder, step)
+            before += len(part)
+        return encoded
+
+
+class MappedImages:
+    """Features of images that a store holds, read row by row from mapped files when asked for.
+
+    `readable` bool [n] tells which images have any. It may be sent to other processes, each
+    of which maps the files for itself.
+    """
+
+    def __init__(self, images: ImageSet, encoder: str, store: Store) -> None:
+        """Find the entries.
+
+        Raises:
+            DataError: one is damaged, or not one image can be read.
+            KeyError: one is not there.
+        """
+        self.keys, self.store, self._rows = images.keys(encoder), store, images.rows
+        self._open: dict[int, Features] = {}
+        status = np.concatenate([self.entry(i).status for i in range(len(self.keys))])
+        self.readable = (self._rows >= 0) & (status[self._rows] == TileStatus.OK)
+        if not self.readable.any():
+            raise _none_readable(images.refs)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one image's features, (d,) or (t, d)."""
+        return tuple(self.entry(0).values.shape[1:])
+
+    def entry(self, shard: int) -> Features:
+        """Return one entry, mapped once in each process."""
+        if shard not in self._open:
+            self._open[shard] = self.store.features.mapped(self.keys[shard])
+        return self._open[shard]
+
+    def __len__(self) -> int:
+        """Return the number of images, readable or not."""
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> HalfArray:
+        """Return float16 [d] or [t, d] of one readable image, as an array of its own."""
+        shard, row = divmod(int(self._rows[i]), SHARD)
+        return np.array(self.entry(shard).values[row])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is mapped here."""
+        return self.__dict__ | {"_open": {}}
 
 
 def _none_readable(refs: Sequence[ImageRef]) -> DataError:
@@ -104,17 +188,22 @@ def _none_readable(refs: Sequence[ImageRef]) -> DataError:
     return DataError(f"none of {len(refs)} images can be read; the first is {first}")
 
 
-def _shard(
-    names: Sequence[str], refs: Sequence[ImageRef], embedder: Embedder, progress: Progress
-) -> tuple[Key, int]:
-    """Return the key of an entry that holds these images, and how many were encoded for it."""
-    name, n = hashlib.sha256("\n".join(names).encode()).hexdigest(), len(names)
-    item = item_name(f"images-{name[8:24]}", name)
-    key = Key(item, _MPP, WHOLE.digest, embedder.encoder.id)
-    if key in embedder.store.features:
-        return key, 0
+def _digest(names: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def _item(digest: str) -> str:
+    """Return what a set of images is called in the store."""
+    return item_name(f"images-{digest[8:24]}", digest)
+
+
+def _fill(
+    key: Key, digest: str, refs: Sequence[ImageRef], embedder: Embedder, progress: Progress
+) -> int:
+    """Fill the entry of these images, in the order of their names; return how many were encoded."""
+    n = len(refs)
     tiles = Tiles(
-        item=item,
+        item=key.item,
         xy=np.stack([np.arange(n), np.zeros(n)], 1).astype(np.int32),
         status=np.zeros(n, np.uint8),
         spec=WHOLE,
@@ -124,12 +213,11 @@ def _shard(
         tissue_share=1.0,
     )
     folder = _folder(refs)
-    encoded = embedder.fill(
-        _ImageRows(refs, embedder.encoder.input_px, folder), tiles, key, progress
-    )
-    card = SlideInfo(item, name, n, 1, None, "images", None, (0, 0, n, 1), "images")
+    rows = _ImageRows(refs, embedder.encoder.input_px, folder)
+    encoded = embedder.fill(rows, tiles, key, progress)
+    card = SlideInfo(key.item, digest, n, 1, None, "images", None, (0, 0, n, 1), "images")
     embedder.store.remember(card, folder, _MPP, "plain images have no resolution")
-    return key, encoded
+    return encoded
 
 
 class _ImageRows:

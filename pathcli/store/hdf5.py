@@ -4,6 +4,9 @@
 `features` is allocated before the encoder starts; rows are then written to their place in
 the file, past HDF5, and `block_crc32` is both the journal of a running job and the check
 of a finished one: a block counts when its checksum matches its bytes.
+
+An encoder whose id ends in `-int8` has its features kept as int8, and beside them `scales`
+float32 by which the last axis is multiplied; they are read as float16 like all others.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import numpy as np
 from pathcli import __version__
 from pathcli.errors import DataError, ForeignError, NewerError, PathcliError, ResourceError
 from pathcli.store.files import disk_errors, part_path, publish, require_space, write_bytes
+from pathcli.store.int8 import INT8, ScaledRows, as_int8
 from pathcli.types import Features, Key, Tiles, TileSpec, TileStatus
 
 if TYPE_CHECKING:
@@ -163,14 +167,22 @@ def read_features(path: Path, *, mapped: bool = False) -> Features:
     with _reading(path) as file:
         tiles = _read_tile_part(file, file["status"][:])
         encoder, done = str(file.attrs["encoder"]), bool(np.all(file["block_crc32"][:]))
-        offset, shape = file["features"].id.get_offset(), file["features"].shape
-        values = None if mapped and offset else file["features"][:]
-    if values is None:
-        values = np.memmap(path, np.float16, "c", offset, shape)  # the file stays as it is
+        values = _read_or_map(file, "features", mapped=mapped)
+        if "scales" in file:
+            rows = ScaledRows(values, _read_or_map(file, "scales", mapped=mapped))
+            values = rows if mapped else rows[:]
     if not (done and len(values) == len(tiles.xy) == len(tiles.status)):
         raise _damaged(path, "unfinished blocks")
     key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, encoder)
     return Features(key, values, tiles.xy, tiles.status)
+
+
+def _read_or_map(file: h5py.File, name: str, *, mapped: bool) -> Any:  # noqa: ANN401 - an array
+    """Return a dataset as an array, or mapped copy-on-write: the file stays as it is."""
+    data = file[name]
+    if mapped and (offset := data.id.get_offset()):
+        return np.memmap(file.filename, data.dtype, "c", offset, data.shape)
+    return data[:]
 
 
 def feature_shape(path: Path) -> tuple[tuple[int, ...], int]:
@@ -193,10 +205,11 @@ def verify_features(path: Path) -> Key:
         tiles = _read_tile_part(file, file["status"][:])
         blocks = _blocks(len(tiles))
         for crc, rows in zip(file["block_crc32"][:], blocks, strict=True):
-            values, status = file["features"][rows], tiles.status[rows]
+            kept = [file[name][rows] for name in ("features", "scales") if name in file]
+            status, values = tiles.status[rows], kept[-1]
             missing = np.isnan(values).any(axis=tuple(range(1, values.ndim)))
             same = np.array_equal(missing, status != TileStatus.OK)
-            bad += not (crc == _crc(values, status) and same)
+            bad += not (crc == _crc(*kept, status) and same)
         key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, str(file.attrs["encoder"]))
     if bad:
         raise _damaged(path, f"{bad} of {len(blocks)} blocks")
@@ -207,9 +220,20 @@ def _blocks(n: int) -> list[slice]:
     return [slice(i, min(i + BLOCK_ROWS, n)) for i in range(0, n, BLOCK_ROWS)]
 
 
-def _crc(values: Any, status: Any) -> int:  # noqa: ANN401 - arrays
+def _crc(*parts: Any) -> int:  # noqa: ANN401 - whole arrays, or bytes
     """Return the checksum of a block, never 0: that is what an unwritten block says."""
-    return zlib.crc32(status.tobytes(), zlib.crc32(values.tobytes())) or 1
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return crc or 1
+
+
+def _layout(encoder: str, row_shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the row shape and type of what is written row by row, in the checksum's order."""
+    kept = {"features": (row_shape, "<f2")}
+    if encoder.endswith(INT8):
+        kept = {"features": (row_shape, "i1"), "scales": (row_shape[:-1], "<f4")}
+    return {**kept, "status": ((), "u1")}
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> None:
@@ -217,9 +241,8 @@ def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) ->
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plist.set_layout(h5py.h5d.CONTIGUOUS)
     plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    plist.set_fill_time(
-        h5py.h5d.FILL_TIME_ALLOC if name != "features" else h5py.h5d.FILL_TIME_NEVER
-    )
+    large = name in {"features", "scales"}
+    plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER if large else h5py.h5d.FILL_TIME_ALLOC)
     kind = h5py.h5t.py_create(np.dtype(dtype), logical=True)
     h5py.h5d.create(file.id, name.encode(), kind, h5py.h5s.create_simple(shape), plist)
 
@@ -241,6 +264,11 @@ class FeatureWriter:
         self.path, self.part = path, part_path(path)
         self.n, self.row_shape = len(tiles), row_shape
         self._tiles, self._encoder = tiles, encoder
+        self._layout = _layout(encoder, row_shape)
+        self._row_bytes = {
+            name: int(np.prod(shape)) * np.dtype(kind).itemsize
+            for name, (shape, kind) in self._layout.items()
+        }
         self._filled = self.resumed_bad = 0
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,13 +279,12 @@ class FeatureWriter:
 
     def _create(self) -> None:
         self.part.unlink(missing_ok=True)
-        size = int(np.prod((self.n, *self.row_shape))) * 2
-        require_space(self.path, size + 13 * self.n + 65536)
+        require_space(self.path, (sum(self._row_bytes.values()) + 12) * self.n + 65536)
         with h5py.File(self.part, "w", locking=False) as file:
             _write_tile_part(file, self._tiles)
             file.attrs["encoder"] = self._encoder
-            _allocate(file, "features", (self.n, *self.row_shape), "<f2")
-            _allocate(file, "status", (self.n,), "u1")
+            for name, (shape, kind) in self._layout.items():
+                _allocate(file, name, (self.n, *shape), kind)
             _allocate(file, "block_crc32", (len(_blocks(self.n)),), "<u4")
             file["features"].attrs.update(
                 {"name": self._tiles.item, "savetodir": "None", "encoder": self._encoder}
@@ -268,7 +295,7 @@ class FeatureWriter:
                 os.posix_fallocate(file_.fileno(), 0, self.part.stat().st_size)
 
     def _locate(self, file: h5py.File) -> None:
-        names = ("features", "status", "block_crc32")
+        names = (*self._layout, "block_crc32")
         self._at = {name: int(file[name].id.get_offset()) for name in names}
 
     def _resume(self) -> int | None:
@@ -286,7 +313,7 @@ class FeatureWriter:
                 self._locate(file)
                 good = 0
                 for crc, rows in zip(journal, _blocks(self.n), strict=True):
-                    if not crc or crc != _crc(file["features"][rows], file["status"][rows]):
+                    if not crc or crc != _crc(*(file[name][rows] for name in self._layout)):
                         break
                     good = rows.stop
                 self.resumed_bad = int((file["status"][:good] != TileStatus.OK).sum())
@@ -317,16 +344,14 @@ class FeatureWriter:
             msg = f"{self.path.name}: the encoder gave values that are not finite in float16"
             raise DataError(msg)
         start, stop = self._filled, self._filled + len(values)
-        self._put("features", start * self._row_bytes, np.ascontiguousarray(values).tobytes())
-        self._put("status", start, np.ascontiguousarray(status, np.uint8).tobytes())
+        kept = as_int8(values) if "scales" in self._layout else (values,)
+        for name, part in zip(self._layout, (*kept, status), strict=True):
+            data = np.ascontiguousarray(part, self._layout[name][1]).tobytes()
+            self._put(name, start * self._row_bytes[name], data)
         self._filled = stop
         last = len(_blocks(self.n)) if stop == self.n else stop // BLOCK_ROWS
         for i in range(start // BLOCK_ROWS, last):
             self._put("block_crc32", 4 * i, self._block_crc(i).to_bytes(4, "little"))
-
-    @property
-    def _row_bytes(self) -> int:
-        return int(np.prod(self.row_shape)) * 2
 
     def _put(self, name: str, offset: int, data: bytes) -> None:
         with disk_errors(self.path):
@@ -337,10 +362,11 @@ class FeatureWriter:
     def _block_crc(self, block: int) -> int:
         start = block * BLOCK_ROWS
         count = min(BLOCK_ROWS, self.n - start)
-        self._file.seek(self._at["features"] + start * self._row_bytes)
-        crc = zlib.crc32(self._file.read(count * self._row_bytes))
-        self._file.seek(self._at["status"] + start)
-        return zlib.crc32(self._file.read(count), crc) or 1
+        parts = []
+        for name, size in self._row_bytes.items():
+            self._file.seek(self._at[name] + start * size)
+            parts.append(self._file.read(count * size))
+        return _crc(*parts)
 
     def discard(self) -> None:
         """Throw the temporary away: the next run starts afresh."""
