@@ -1,0 +1,1 @@
+"""Image and question in, answer out: connectors, language models, chat, their training tasks."""
