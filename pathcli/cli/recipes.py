@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -86,6 +86,9 @@ def check(
     batch: Annotated[
         bool, typer.Option("--batch", help="Also read the data and take one step on the CPU.")
     ] = False,
+    show_sample: Annotated[
+        bool, typer.Option("--show-sample", help="Also print a sample, with what of it is learnt.")
+    ] = False,
     store: o.StoreRoot = None,
     json: o.Json = False,
 ) -> None:
@@ -95,14 +98,19 @@ def check(
 
     recipe = load_recipe(name, settings or ())
     found = check_recipe(recipe)
-    tried = {}
-    if batch and not found.faults:
-        from pathcli.runs import try_batch  # noqa: PLC0415
+    tried: dict[str, Any] = {}
+    sample: list[tuple[str, str]] = []
+    if (batch or show_sample) and not found.faults:
+        from pathcli import runs  # noqa: PLC0415
 
-        tried = try_batch(recipe, store=o.open_store(store))
+        if show_sample:
+            sample = runs.sample_view(recipe, store=o.open_store(store))
+        if batch:
+            tried = runs.try_batch(recipe, store=o.open_store(store))
     if json:
         known = {"name": recipe.name, "faults": list(found.faults), "asked": list(found.asked)}
-        show.as_json(known | {"batch": tried})
+        pieces = [{"role": role, "text": text} for role, text in sample]
+        show.as_json(known | {"batch": tried, "sample": pieces})
     else:
         for fault in found.faults:
             show.error(fault)
@@ -111,6 +119,7 @@ def check(
         if not found.faults:
             show.say(f"{recipe.name}: every key and value is right")
         show.table([{"what": k, "value": v} for k, v in tried.items()])
+        show.sample(sample)
     if found.faults:
         raise typer.Exit(4)
 

@@ -100,6 +100,19 @@ def _cell(value: Any) -> str:  # noqa: ANN401 - any JSON value
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def sample(pieces: Sequence[tuple[str, str]]) -> None:
+    """Print (role, text) pieces on stdout: what is learnt stands out, by [[ ]] without colours."""
+    out = Console(highlight=False, markup=False, soft_wrap=True)
+    styles = {"read": "dim", "learnt": "bold green", "image": "cyan", "counts": ""}
+    drawn = Text()
+    for role, text in pieces:
+        marked = role == "learnt" and (not out.is_terminal or out.no_color)
+        drawn.append("\n\n" if role == "counts" else "")
+        drawn.append(f"[[{text}]]" if marked else text, style=styles[role])
+    if pieces:
+        out.print(drawn)
+
+
 def warn(text: str) -> None:
     """Print a warning on stderr."""
     err.print(f"[yellow]warning:[/] {_plain(text)}")
