@@ -16,6 +16,7 @@ demo: install
 	$(BIN)/pathcli demo --out demo
 	$(BIN)/pathcli models pull minilm
 	$(BIN)/pathcli models pull minilm-tokenizer
+	$(BIN)/pathcli models pull smollm2-135m
 
 test: install
 	$(BIN)/pytest

