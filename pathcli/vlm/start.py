@@ -1,0 +1,95 @@
+"""A former stage's run in, its weights by name out: where a stage of training begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path  # noqa: TC003 - builds the section `start`
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+
+from pathcli.errors import DataError, ResourceError
+from pathcli.runs import read_run
+from pathcli.weights import sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+_NAMED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The section `start` of a recipe: `run`, the folder of a finished run, or null for none."""
+
+    run: Path | None = None
+
+    def fill(self, module: torch.nn.Module, prefixes: Sequence[str]) -> Mapping[str, Any]:
+        """Put a former stage's weights into those parts of `module` whose names begin so.
+
+        What the run has and the module has not (heads of the former stage) stays out, and what
+        the module has and the run has not (a new projection) stays as it is; both are counted
+        in what is returned for provenance. Nothing is done where no run is named.
+
+        Raises:
+            ResourceError: there is no finished run, or its weights are gone.
+            DataError: they are damaged, of other shapes, or nothing of a part has a place.
+        """
+        if self.run is None:
+            return {}
+        run, file = read_run(self.run), self.run / "weights.safetensors"
+        chosen = tuple(prefixes)
+        saved = {k: v for k, v in _read(file).items() if k.startswith(chosen)}
+        here = {k: v for k, v in module.state_dict().items() if k.startswith(chosen)}
+        taken = {name: value for name, value in saved.items() if name in here}
+        _refuse_others(file, taken, here)
+        for prefix in chosen:
+            of_run = [name for name in saved if name.startswith(prefix)]
+            if of_run and not any(name in taken for name in of_run):
+                msg = f"{file}: nothing of its {prefix}* has a place here ({_some(of_run)})"
+                raise DataError(msg + "; is it a stage before this one?")
+        if not taken:
+            msg = f"{file}: no tensor is called {' or '.join(p + '*' for p in chosen)}; "
+            raise DataError(msg + "start.run names a former stage of this model")
+        module.load_state_dict(taken, strict=False)
+        trained = [n for n, p in module.named_parameters() if p.requires_grad and n in here]
+        return {
+            "run": str(self.run),
+            "recipe": run.recipe.name,
+            "weights": sha256(file),
+            "taken": len(taken),
+            "left": len(saved) - len(taken),
+            "fresh": sum(name not in taken for name in trained),
+        }
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        msg = f"{file}: no weights here; is the run finished?"
+        raise ResourceError(msg) from None
+    except Exception as error:  # safetensors has its own, undocumented error
+        msg = f"{file}: damaged weights ({error})"
+        raise DataError(msg) from error
+
+
+def _refuse_others(
+    file: Path, taken: Mapping[str, torch.Tensor], here: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse tensors of other shapes than the module's."""
+    faults = [
+        f"{name} is {tuple(value.shape)}, not {tuple(here[name].shape)}"
+        for name, value in sorted(taken.items())
+        if value.shape != here[name].shape
+    ]
+    if faults:
+        msg = f"{file}: {len(faults)} tensors do not fit ({_some(faults)}); give this stage the "
+        raise DataError(msg + "sizes of that one")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

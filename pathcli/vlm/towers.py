@@ -1,0 +1,131 @@
+"""Images in, a frozen encoder's tokens out: read where batches are made, seen where trained.
+
+The encoder is no part of what is trained; every process loads it once, onto its own device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from pathcli.encoders.augment import Augment
+from pathcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from pathcli.data.pairs import Pictures
+    from pathcli.types import ByteArray, Encoder, Sample
+    from pathcli.vlm.tokens import TokenCache
+
+
+class Cutter(Protocol):
+    """What of a `Connector` is needed where images are read."""
+
+    def views(self, image: ByteArray, side: int) -> list[ByteArray]:
+        """Return the views uint8 [side, side, 3] of an image uint8 [h, w, 3]."""
+        ...
+
+
+# --- where batches are made --------------------------------------------------------------
+
+
+class Shown(NamedTuple):
+    """A sample, and for each of its images the views uint8 [v, s, s, 3] or tokens [1, t, d]."""
+
+    sample: Sample
+    images: list[NDArray[Any]]
+
+
+class Views:
+    """Reads a sample's images: pixels cut into the connector's views, or tokens of the store."""
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        connector: Cutter,
+        augment: Augment,
+        side: int,
+        cache: TokenCache | None = None,
+    ) -> None:
+        """Take what reads pixels, cuts them, changes them, their side in px, and the store's."""
+        self.pictures, self.connector = pictures, connector
+        self.augment = None if augment == Augment() else augment
+        self.side, self.cache = side, cache
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Shown:
+        """Return a sample and its images: the one given, or another for one that is broken.
+
+        Raises:
+            DataError: too many images cannot be read; one is named.
+        """
+        if self.cache is not None and all(ref in self.cache for ref in sample.images):
+            self.pictures.read += len(sample.images)
+            return Shown(sample, [self.cache[ref][None] for ref in sample.images])
+        sample, images = self.pictures.all(sample)
+        if self.cache is not None:  # it was broken, and is counted; another stands in for it
+            return Shown(sample, [self.cache[ref][None] for ref in sample.images])
+        return Shown(sample, [self._cut(image, rng) for image in images])
+
+    def _cut(self, image: ByteArray, rng: np.random.Generator) -> ByteArray:
+        if self.augment:
+            image = self.augment(image, self.side, rng)
+        return np.stack(self.connector.views(image, self.side))
+
+    def batch(self, shown: Sequence[Shown]) -> dict[str, torch.Tensor]:
+        """Return all images of a batch: `views` uint8 [v, s, s, 3] or `tokens`, and `of` [v]."""
+        images = [image for each in shown for image in each.images]
+        of = np.repeat(np.arange(len(images)), [len(image) for image in images])
+        name = "views" if self.cache is None else "tokens"
+        return {name: torch.from_numpy(np.concatenate(images)), "of": torch.from_numpy(of)}
+
+
+# --- where it is trained -----------------------------------------------------------------
+
+_loaded: WeakKeyDictionary[Any, torch.device] = WeakKeyDictionary()
+
+
+def refuse_pooled(encoder: Encoder) -> None:
+    """Refuse an encoder that gives one vector an image, where a connector reads patches."""
+    if not getattr(encoder, "tokens", False):
+        msg = f"encoder.tokens: a connector reads patches; set tokens: true for {encoder.name}"
+        raise UsageError(msg)
+
+
+def ready(encoder: Encoder, device: str | torch.device) -> Encoder:
+    """Return an encoder that is loaded on a device; it is loaded there once.
+
+    Raises:
+        UsageError: it gives one vector an image.
+        ResourceError: its weights are not here.
+    """
+    refuse_pooled(encoder)
+    place = torch.device(device)
+    if str(place) == "cuda":
+        place = torch.device("cuda", torch.cuda.current_device())
+    if _loaded.get(encoder) != place:
+        encoder.load(str(place))
+        _loaded[encoder] = place
+    return encoder
+
+
+def see(encoder: Encoder, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Return float tokens [v, t, d] of a batch's views, on its device: the store's, or made now."""
+    if "tokens" in batch:
+        stored: torch.Tensor = batch["tokens"]
+        return stored.float()
+    views: torch.Tensor = batch["views"]
+    return ready(encoder, views.device).encode(views).clone()  # else no gradient goes through
+
+
+def sent(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch on a device, dictionaries within it too."""
+    return {
+        name: sent(part, device) if isinstance(part, dict) else part.to(device)
+        for name, part in batch.items()
+    }

@@ -1,0 +1,113 @@
+"""Where a stage begins: weights of a finished run, by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import set_seed
+from safetensors.torch import save_file
+
+from pathcli.errors import DataError, ResourceError
+from pathcli.vlm.start import Start
+
+PARTS = ("connector.", "language.")
+
+
+class Stage(torch.nn.Module):
+    """A connector, a language model with a frozen layer, and a head of its own."""
+
+    def __init__(self, width: int = 4, *, new: bool = False) -> None:
+        super().__init__()
+        self.connector = torch.nn.ModuleDict({"query": torch.nn.Linear(2, width)})
+        if new:
+            self.connector["project"] = torch.nn.Linear(width, 3)
+        self.language = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+        self.language[0].requires_grad_(requires_grad=False)
+        self.head = torch.nn.Linear(3, 2)
+
+
+def finished(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """Make a folder as `runs.finish_run` leaves it."""
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("version: 1\ntask: align\ntrain: {seed: 1}\n")
+    report = {"metrics": {}, "provenance": {"recipe": "clover-stage1", "facts": {}}}
+    (folder / "report.json").write_text(json.dumps(report))
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS)
+    return folder
+
+
+WEIGHTS = "weights.safetensors"
+
+
+def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def saved(**given: Any) -> dict[str, torch.Tensor]:
+    set_seed(1)
+    kept = state(Stage(**given))
+    return {name: kept[name] for name in kept if not name.startswith("language.0")}
+
+
+def test_no_run_changes_nothing() -> None:
+    module = Stage()
+    before = state(module)
+    assert Start().fill(module, PARTS) == {}
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_named_parts_are_taken_and_all_else_stays(tmp_path: Path) -> None:
+    weights = saved() | {"connector.text.weight": torch.ones(5)}
+    run = finished(tmp_path / "run", weights)
+    set_seed(2)
+    module = Stage(new=True)
+    before = state(module)
+    facts = Start(run=run).fill(module, PARTS)
+    for name, value in module.state_dict().items():
+        taken = name in weights and name.startswith(PARTS)
+        assert torch.equal(value, weights[name] if taken else before[name]), name
+    assert not torch.equal(module.head.weight, weights["head.weight"])
+    counted = {"taken": 4, "left": 1, "fresh": 2}  # query, language.1; the text; the projection
+    assert facts | counted == facts
+    assert facts["recipe"] == "clover-stage1"
+    assert facts["run"] == str(run)
+    assert len(facts["weights"]) == 64
+
+
+def test_other_sizes_are_refused_by_name_and_nothing_is_taken(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", saved())
+    module = Stage(width=5)
+    before = state(module)
+    with pytest.raises(DataError, match=r"2 tensors do not fit \(connector.query.bias is \(4,\)"):
+        Start(run=run).fill(module, PARTS)
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_weights_without_a_place_are_refused(tmp_path: Path) -> None:
+    other = finished(tmp_path / "other", {"head.weight": torch.ones(2, 3)})
+    with pytest.raises(DataError, match=r"no tensor is called connector.\* or language.\*"):
+        Start(run=other).fill(Stage(), PARTS)
+    lora = {"language.base.lora_A": torch.ones(2), "connector.query.bias": torch.ones(4)}
+    tuned = finished(tmp_path / "tuned", lora)
+    with pytest.raises(DataError, match=r"nothing of its language.\* has a place here"):
+        Start(run=tuned).fill(Stage(), PARTS)
+    assert Start(run=tuned).fill(Stage(), PARTS[:1])["taken"] == 1
+
+
+def test_a_run_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="is no run"):
+        Start(run=tmp_path / "none").fill(Stage(), PARTS)
+    run = finished(tmp_path / "run", saved())
+    (run / WEIGHTS).write_bytes(b"cut short")
+    with pytest.raises(DataError, match="damaged weights"):
+        Start(run=run).fill(Stage(), PARTS)
+    (run / WEIGHTS).unlink()
+    with pytest.raises(ResourceError, match="no weights here"):
+        Start(run=run).fill(Stage(), PARTS)
+    (run / "report.json").unlink()
+    with pytest.raises(ResourceError, match="is unfinished"):
+        Start(run=run).fill(Stage(), PARTS)
