@@ -12,6 +12,7 @@ from pathcli.cli import options as o
 from pathcli.cli.recipes import Settings
 
 if TYPE_CHECKING:
+    from pathcli.recipe import Recipe
     from pathcli.runs import Run
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -32,6 +33,16 @@ def train(
     out: o.Runs = o.RUNS,
     device: o.Device = "auto",
     store: o.StoreRoot = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only estimate weights, tokens, memory and hours."),
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu", help="What --dry-run reckons with [default: a100-80g].", metavar="[Nx]NAME"
+        ),
+    ] = None,
     json: o.Json = False,
 ) -> None:
     """Train what a recipe describes, one run for every seed.
@@ -47,6 +58,9 @@ def train(
 
     o.check(None, device)
     known = load_recipe(recipe, settings or ())
+    if dry_run or gpu is not None:
+        estimate(known, gpu, dry_run=dry_run, json=json)
+        return
     kept = o.open_store(store)
     with show.progress(0, unit="steps") as start:
         runs = train_all(
@@ -85,11 +99,29 @@ def train(
         show.say("each run has a report.html" + next_command(best[0], out / known.name))
 
 
+def estimate(recipe: Recipe, gpu: str | None, *, dry_run: bool, json: bool) -> None:
+    """Print what training a recipe would take; nothing is loaded."""
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.errors import UsageError  # noqa: PLC0415
+    from pathcli.vlm.plan import plan, table  # noqa: PLC0415
+
+    if not dry_run:
+        msg = "--gpu belongs to --dry-run; where training runs is said by --device"
+        raise UsageError(msg)
+    found = plan(recipe, gpu or "a100-80g")
+    if json:
+        show.as_json(found.to_json())
+        return
+    show.table(table(found), title=f"{recipe.name} on {found.gpu}: an estimate, of one seed")
+    for note in found.notes:
+        show.say(note)
+
+
 def next_command(run: Run, folder: Path) -> str:
     """Return the sentence that says how to test what was trained, where a command does."""
     values = run.recipe.values
-    if model := run.facts.get("model"):
-        encoder = model.get("encoder", values["model"]["kind"])
+    if "model" in values:
+        encoder = run.facts["model"].get("encoder", values["model"]["kind"])
         weights = str(run.folder / "weights.safetensors")
         given = ["pathcli", "zeroshot", "DATASET", "--encoder", encoder, "--checkpoint", weights]
         return f"; measure one with: {shlex.join(given)}"
