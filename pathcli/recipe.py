@@ -303,7 +303,7 @@ class _Check:
             reasons = dict.fromkeys(_plainly(item["msg"]) for item in error.errors())
             self.faults.append(f"{path}: {', or '.join(reasons)} (it is {value!r})")
             return None
-        return found.expanduser().absolute() if isinstance(found, Path) else found
+        return [_absolute(each) for each in found] if isinstance(found, list) else _absolute(found)
 
     def _unknown(self, prefix: str, given: Mapping[str, Any], known: list[str]) -> None:
         self.faults += [
@@ -311,6 +311,10 @@ class _Check:
             for name in given
             if name not in known
         ]
+
+
+def _absolute(value: Any) -> Any:  # noqa: ANN401 - YAML values
+    return value.expanduser().absolute() if isinstance(value, Path) else value
 
 
 def _parameters(factory: Any) -> list[inspect.Parameter]:  # noqa: ANN401

@@ -27,6 +27,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "uni": "pathcli.encoders.timm:Uni",
         "pallava-plip": "pathcli.encoders.pallava_plip:PallavaPlip",
         "mini-clip": "pathcli.encoders.mini_clip:MiniClip",
+        "eva-clip-g": "pathcli.encoders.eva:EvaClipG",
         "hf": "pathcli.encoders.hf:HFClipEncoder",
     },
     "model": {
@@ -43,15 +44,24 @@ BUILTIN: dict[str, dict[str, str]] = {
         "mean": "pathcli.mil.pooling:MeanPooling",
         "max": "pathcli.mil.pooling:MaxPooling",
     },
+    "connector": {
+        "mlp": "pathcli.vlm.connectors:Mlp",
+        "qformer": "pathcli.vlm.qformer:QFormer",
+        "scale-invariant": "pathcli.vlm.scale_invariant:ScaleInvariant",
+    },
+    "language": {"hf": "pathcli.vlm.language:HFLanguage"},
     "task": {
         "mil": "pathcli.mil.task:MilTask",
         "contrastive": "pathcli.encoders.contrastive:ContrastiveTask",
         "itc-itm": "pathcli.encoders.itc_itm:ItcItmTask",
+        "align": "pathcli.vlm.align:AlignTask",
+        "generate": "pathcli.vlm.generate:GenerateTask",
     },
     "data": {
         "bags": "pathcli.mil.bags:BagData",
         "pairs": "pathcli.data.pairs:PairData",
         "classes": "pathcli.data.captions:ClassCaptions",
+        "instructions": "pathcli.data.instructions:InstructionData",
     },
     "tissue": {
         "otsu": "pathcli.slides.tissue:Otsu",

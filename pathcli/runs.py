@@ -258,6 +258,23 @@ def try_batch(recipe: Recipe, *, store: Store | None = None) -> dict[str, Any]:
     return seen | {"warnings": "; ".join(work.facts.get("warnings", ()))}
 
 
+def sample_view(recipe: Recipe, *, store: Store | None = None) -> list[tuple[str, str]]:
+    """Return one training sample of a recipe's first seed as pieces of text, each with its role.
+
+    Roles are `read`, `learnt` and `image`; `counts`, the last, sums up.
+
+    Raises:
+        UsageError: the recipe's task learns no words.
+        PathcliError: as `train` does.
+    """
+    task = build(recipe)
+    if not hasattr(task, "sample_view"):
+        msg = f"recipe {recipe.name}: task {recipe.task} learns no words, so it has none to show"
+        raise UsageError(msg)
+    task.prepare(store or Store(), device="cpu", progress=lambda _: silent)
+    return list(task.sample_view(task.train.seeds[0]))
+
+
 def _train_one(
     task: Any,  # noqa: ANN401 - tasks share no base class
     recipe: Recipe,

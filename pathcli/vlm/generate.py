@@ -1,0 +1,241 @@
+"""The task `generate`: images and words in, the answer's words learnt.
+
+Every stage that ends in a language model is this task: which parts are trained is said by
+their sections (`language.tune`, a connector always is), and `start.run` takes the weights of
+a former stage by name. `train.choose` may name `exact_match`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pathcli.data.pairs import pictures_of
+from pathcli.device import pick_device
+from pathcli.encoders.augment import Augment
+from pathcli.errors import DataError, UsageError
+from pathcli.settings import TrainSettings, order
+from pathcli.trainer import Work
+from pathcli.types import digest
+from pathcli.vlm.batches import Examples
+from pathcli.vlm.chat import Chat  # noqa: TC001 - builds the section `chat`
+from pathcli.vlm.model import VisionLanguage
+from pathcli.vlm.start import Start
+from pathcli.vlm.tokens import CacheSettings, TokenCache, refuse_unless_still
+from pathcli.vlm.towers import Views, ready, sent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pathcli.data.corpus import Corpus, CorpusData
+    from pathcli.store import Store
+    from pathcli.types import Encoder, Progress, Sample
+
+    Started = Callable[[str], Progress]
+
+VALIDATED = 256
+"""Validation sees at most so many samples, drawn once."""
+LOOKED = 64
+"""So many samples, evenly spaced, are told before training starts, to find bad ones early."""
+ANSWERED = 32
+"""Words of an answer in validation."""
+
+
+class GenerateTask:
+    """Learning to answer; the recipe's sections are its arguments."""
+
+    def __init__(
+        self,
+        *,
+        encoder: Encoder,
+        connector: Callable[..., Any],
+        language: Any,  # noqa: ANN401 - an HFLanguage, which imports transformers
+        data: CorpusData,
+        chat: Chat,
+        train: TrainSettings,
+        augment: Augment = Augment(),  # noqa: B008 - frozen
+        start: Start = Start(),  # noqa: B008 - frozen
+        cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen
+    ) -> None:
+        """Keep the parts; nothing is read before `prepare`.
+
+        Raises:
+            UsageError: an encoder without tokens, a choice by what is not measured, or a cache
+                beside images that change.
+        """
+        if train.choose not in {None, "exact_match"}:
+            msg = f"train.choose: exact_match or null, not {train.choose!r}"
+            raise UsageError(msg)
+        self.encoder, self.connector, self.language = encoder, connector, language
+        self.data, self.chat, self.train = data, chat, train
+        self.augment, self.start, self.cache = augment, start, cache
+        if cache.tokens != "off":
+            refuse_unless_still(augment, connector)
+        self._corpus: Corpus | None = None
+        self._tokens: TokenCache | None = None
+        self._shape: tuple[int, ...] = ()
+
+    @property
+    def corpus(self) -> Corpus:
+        """The samples in use; known after `prepare`."""
+        if self._corpus is None:
+            msg = "call prepare first"
+            raise RuntimeError(msg)
+        return self._corpus
+
+    def prepare(self, store: Store, *, device: str = "auto", progress: Started) -> None:
+        """Read the tables of the data, load the encoder, and fill the store with its tokens.
+
+        Raises:
+            DataError: a table is wrong, or nothing is left of it.
+            ResourceError: weights, files or space are missing.
+        """
+        self._corpus = corpus = self.data.corpus()
+        if not len(corpus.train):
+            msg = "there is no sample to train on"
+            raise DataError(msg)
+        if self.cache.tokens == "off":
+            self._shape = ready(self.encoder, pick_device(device)).row_shape
+            return
+        refs = [ref for side in (corpus.train, corpus.val) for s in side for ref in s.images]
+        self._tokens = TokenCache(refs, self.encoder, store, self.cache, device)
+        self._tokens.fill(progress("image tokens"))
+        self._shape = self._tokens.row_shape
+
+    def begin(self, seed: int) -> Work:
+        """Return one seed's run, with modules of its own.
+
+        Raises:
+            DataError: first weights are of another architecture, or samples cannot be told.
+            ResourceError: weights are not here.
+        """
+        del seed  # drawn from before, and the data are split once
+        language = copy.deepcopy(self.language)
+        facts = {"language": dict(language.start())}
+        connector = self.connector(self._shape[-1], language.width)
+        facts["connector"] = dict(connector.start())
+        module = VisionLanguage(self.encoder, connector, language)
+        facts["start"] = dict(self.start.fill(module, ("connector.", "language.")))
+        train, val = (self._examples(module, side) for side in (self.corpus.train, self.corpus.val))
+        facts |= self._facts(train)
+        check = Validation(module, val, self.chat, self.corpus.val, self.train.choose is not None)
+        return Work(
+            module,
+            self.corpus.train,
+            check if len(self.corpus.val) else None,
+            collate=train,
+            lengths=[_length(s) for s in self.corpus.train] if self.train.by_length else None,
+            identity=digest([facts[name] for name in ("data", "samples", "encoder", "start")]),
+            facts=facts,
+        )
+
+    def sample_view(self, seed: int) -> list[tuple[str, str]]:
+        """Return a training sample as pieces of text, each with its role.
+
+        Roles are `read`, `learnt` and `image`; nothing but the tokenizer is read of the
+        language model. Call `prepare` first.
+        """
+        connector = self.connector(self._shape[-1], self.language.width)
+        module = VisionLanguage(self.encoder, connector, self.language)
+        sample = self.corpus.train[order(seed, 0, len(self.corpus.train))[0]]
+        told = self._examples(module, self.corpus.train).encode(
+            sample, np.random.default_rng([seed, 0, 1, 0])
+        )
+        return list(told.show())
+
+    def _examples(self, module: VisionLanguage, samples: Sequence[Sample]) -> Examples:
+        """Return what makes batches of one side; validation sees every image as it is."""
+        still = samples is self.corpus.val
+        augment = Augment() if still else self.augment
+        side = self.encoder.input_px
+        pictures = pictures_of(self.data, samples)
+        views = Views(pictures, module.connector, augment, side, self._tokens)
+        count = module.connector.count(self._shape[0])
+        return Examples(views, self.chat, module.connector, module.language, count)
+
+    def _facts(self, examples: Examples) -> dict[str, Any]:
+        corpus, rng = self.corpus, np.random.default_rng(0)
+        n = len(corpus.train)
+        some = [corpus.train[i * n // min(n, LOOKED)] for i in range(min(n, LOOKED))]
+        told = [examples.encode(sample, rng) for sample in some]
+        lengths = np.array([len(one.ids) for one in told])
+        learnt = np.array([sum(label >= 0 for label in one.labels) for one in told])
+        cut = sum(one.truncated for one in told)
+        warnings = list(corpus.warnings)
+        if cut:
+            warnings.append(f"{cut} of {len(told)} samples looked at are longer than chat.limit")
+        return {
+            "data": corpus.digest,
+            "encoder": self.encoder.id,
+            "dropped": dict(corpus.dropped),
+            "samples": {"train": n, "val": len(corpus.val)},
+            "validated": min(len(corpus.val), VALIDATED),
+            "visual tokens of an image": examples.count,
+            "tokens of a sample": {"mean": float(lengths.mean()), "most": int(lengths.max())},
+            "learnt of them": float(learnt.mean()),
+            "warnings": warnings,
+        }
+
+
+def _length(sample: Sample) -> int:
+    """Return about how long a sample is: its letters; an image is as long as any other."""
+    return sum(map(len, (*sample.turns, sample.answer))) + 1_000 * len(sample.images)
+
+
+class Validation:
+    """A module's metrics on the validation samples, always the same ones.
+
+    `loss` is the mean over batches; `exact_match`, where it is asked for, the share of greedy
+    answers that equal the right one but for case and punctuation at the end.
+    """
+
+    def __init__(
+        self,
+        module: VisionLanguage,
+        examples: Examples,
+        chat: Chat,
+        samples: Sequence[Sample],
+        answers: bool,
+    ) -> None:
+        """Draw the samples."""
+        self.module, self.examples, self.chat, self.answers = module, examples, chat, answers
+        self.samples = [samples[i] for i in order(0, 0, len(samples))[:VALIDATED]]
+
+    def __call__(self) -> dict[str, float]:
+        """Return the metrics of the module as it stands."""
+        losses, right = [], []
+        for start in range(0, len(self.samples), 8):
+            part = self.samples[start : start + 8]
+            rng = np.random.default_rng([0, start])
+            batch = sent(self.examples(part, rng), next(self.module.parameters()).device)
+            losses.append(self.module.loss(batch).item())
+            if self.answers:
+                said = answers(self.module, self.examples, part, max_new_tokens=ANSWERED)
+                right += [_same(a, s.answer) for a, s in zip(said, part, strict=True)]
+        found = {"loss": float(np.mean(losses))}
+        return found | ({"exact_match": float(np.mean(right))} if right else {})
+
+
+def answers(
+    module: VisionLanguage,
+    examples: Examples,
+    samples: Sequence[Sample],
+    **decoding: Any,  # noqa: ANN401 - of HFLanguage.generate
+) -> list[str]:
+    """Return a module's answers to samples' last questions, greedy unless `decoding` says else."""
+    tokenizer = examples.language.tokenizer
+    device = next(module.parameters()).device
+    batch = sent(examples.ask(samples, np.random.default_rng(0)), device)
+    ids = module.generate(batch, stop=examples.chat.stop(tokenizer), **decoding)
+    return [str(text).strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def _same(said: str, wanted: str) -> bool:
+    return _plain(said) == _plain(wanted)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip(" .").lower()
