@@ -60,7 +60,7 @@ def test_an_option_the_readme_uses_exists() -> None:
     known = set(re.findall(r"--[a-z-]+", insert(README).partition("## Every command")[2]))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known <= {
         "--debug",
-        "--nproc-per-node",  # torchrun's
+        *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"),  # torchrun's
     }
 
 
