@@ -94,7 +94,11 @@ def recipes_folder() -> Path:
 
 def list_recipes() -> list[Recipe]:
     """Return the shipped recipes, by name."""
-    return [_read(path) for path in sorted(recipes_folder().rglob("*.yaml"))]
+    return [_read(path) for path in sorted(recipes_folder().rglob("*.yaml"), key=_name)]
+
+
+def _name(path: Path) -> str:
+    return path.stem
 
 
 def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:

@@ -87,6 +87,11 @@ CARDS: dict[str, Card] = {
         "Apache-2.0",
         "image-text encoder: lite0 with a text tower on MiniLM; embedded",
     ),
+    "clover-mini": Card(
+        Asset("clover-mini/clover-mini.safetensors"),
+        "Apache-2.0",
+        "vision-language model: mini-clip's tokens, a Q-Former, frozen SmolLM2-135M; embedded",
+    ),
     "pathgen-clip": Card(
         Hub("jamessyx/PathGen-CLIP", "pathgenclip.pt"),
         "CC-BY-2.0",

@@ -18,7 +18,7 @@ from pathcli.yaml12 import parse_yaml
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-TEMPLATES = ("plain", "vicuna-v1", "llama-3", "chatml", "flan")
+TEMPLATES = ("plain", "vicuna-v1", "llama-3", "chatml", "flan", "instruct")
 QUESTIONS = ("describe", "describe-in-detail")
 
 
