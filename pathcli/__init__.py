@@ -8,6 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Answer": "pathcli.types",
     "Bag": "pathcli.types",
     "DataError": "pathcli.errors",
     "Features": "pathcli.types",
@@ -20,6 +21,7 @@ _PUBLIC = {
     "TileStatus": "pathcli.types",
     "Tiles": "pathcli.types",
     "UsageError": "pathcli.errors",
+    "ask": "pathcli.vlm.ask",
     "build": "pathcli.recipe",
     "build_encoder": "pathcli.encoders",
     "check_recipe": "pathcli.recipe",

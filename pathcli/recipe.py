@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections.abc
 import inspect
 import json
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,12 @@ class Recipe:
         """Return the file's first comment line."""
         first = self.text.partition("\n")[0]
         return first.removeprefix("#").strip().rstrip(".") if first.startswith("#") else ""
+
+    def meant(self, path: str) -> str:
+        """Return in brackets, after a space, what the comment says of a value it asks for."""
+        key = re.escape(path.rpartition(".")[2])
+        said = re.search(rf"""^.*\b{key}: ["']?\?\?\?.*?#\s*(.+)$""", self.text, re.MULTILINE)
+        return f" ({said[1]})" if said else ""
 
     def with_values(self, **dotted: Any) -> Recipe:  # noqa: ANN401 - any YAML value
         """Return a copy with other values: `with_values(**{"train.seed": 1})`."""
@@ -188,7 +195,8 @@ def _passed(recipe: Recipe) -> _Check:
         raise UsageError(msg)
     if check.asked:
         given = " ".join(f"--set {path}=..." for path in check.asked)
-        msg = f"recipe {recipe.name} asks for {', '.join(check.asked)}: give {given}"
+        asked = ", ".join(path + recipe.meant(path) for path in check.asked)
+        msg = f"recipe {recipe.name} asks for {asked}: give {given}"
         raise UsageError(msg)
     return check
 

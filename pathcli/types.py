@@ -268,6 +268,16 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What was answered, the images it rests on, and what the model knows; or why it was not."""
+
+    text: str
+    abstained: bool
+    scope: str
+    evidence: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class HeadOutput:
     """What a head says of one bag: float logits [c], and attention [n] that sums to one."""
 

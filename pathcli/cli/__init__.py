@@ -26,6 +26,7 @@ COMMANDS = {
     "zeroshot": "Tell the classes of labelled images by text alone, and measure how well.",
     "probe": "Learn classes from an encoder's features of images, and test on other groups.",
     "search": "Find the tiles of slides that a text describes best.",
+    "ask": "Ask a vision-language model about patches.",
     "predict": "Say what a trained run makes of slides, and where it looked.",
     "store": "List, check and clean the feature store.",
     "models": "List, describe and fetch encoders and other downloads.",

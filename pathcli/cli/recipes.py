@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,17 +114,10 @@ def check(
         for fault in found.faults:
             show.error(fault)
         for path in found.asked:
-            show.say(f"asks for {path}{_meant(recipe.text, path)}: give --set {path}=...")
+            show.say(f"asks for {path}{recipe.meant(path)}: give --set {path}=...")
         if not found.faults:
             show.say(f"{recipe.name}: every key and value is right")
         show.table([{"what": k, "value": v} for k, v in tried.items()])
         show.sample(sample)
     if found.faults:
         raise typer.Exit(4)
-
-
-def _meant(text: str, path: str) -> str:
-    """Return in brackets what the recipe's comment says of a value it asks for."""
-    key = re.escape(path.rpartition(".")[2])
-    said = re.search(rf"""^.*\b{key}: ["']?\?\?\?.*?#\s*(.+)$""", text, re.MULTILINE)
-    return f" ({said[1]})" if said else ""

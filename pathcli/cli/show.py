@@ -128,6 +128,11 @@ def say(text: str) -> None:
     err.print(_plain(text))
 
 
+def answer(text: str) -> None:
+    """Print what was asked for on stdout, as it is."""
+    sys.stdout.write(text + "\n")
+
+
 def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Mapping, Sequence  # noqa: TC003 - recipes read annotations
 from itertools import chain
@@ -40,7 +41,7 @@ _WARM_UP = 1000  # images before which a share of broken ones says little
 log = logging.getLogger("pathcli")
 
 
-class SampleData:
+class SampleData(ABC):
     """What kinds of data read from files share: a base; `noun` is what they call a sample."""
 
     noun = "sample"
@@ -63,9 +64,9 @@ class SampleData:
         self.val, self.min_words = val, min_words
         self.max_broken, self.limit = max_broken, limit
 
+    @abstractmethod
     def read(self) -> Iterator[tuple[Source, Iterator[Sample]]]:
         """Yield each source and its samples."""
-        raise NotImplementedError
 
     def unfit(self, sample: Sample) -> str:
         """Return why a sample is left out, "" if it is not."""

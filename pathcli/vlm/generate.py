@@ -25,7 +25,7 @@ from pathcli.vlm.chat import Chat  # noqa: TC001 - builds the section `chat`
 from pathcli.vlm.model import VisionLanguage
 from pathcli.vlm.start import Start
 from pathcli.vlm.tokens import CacheSettings, TokenCache, refuse_unless_still
-from pathcli.vlm.towers import Views, ready, sent
+from pathcli.vlm.towers import Views, ready, refuse_pooled, sent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,11 +63,15 @@ class GenerateTask:
         """Keep the parts; nothing is read before `prepare`.
 
         Raises:
-            UsageError: an encoder without tokens, a choice by what is not measured, or a cache
-                beside images that change.
+            UsageError: an encoder without tokens, a choice by what is not measured, batches in
+                pieces, or a cache beside images that change.
         """
+        refuse_pooled(encoder)
         if train.choose not in {None, "exact_match"}:
             msg = f"train.choose: exact_match or null, not {train.choose!r}"
+            raise UsageError(msg)
+        if train.chunk is not None:
+            msg = "train.chunk: pieces are for contrastive losses; generate takes train.accumulate"
             raise UsageError(msg)
         self.encoder, self.connector, self.language = encoder, connector, language
         self.data, self.chat, self.train = data, chat, train
@@ -212,7 +216,8 @@ class Validation:
             rng = np.random.default_rng([0, start])
             batch = sent(self.examples(part, rng), next(self.module.parameters()).device)
             losses.append(self.module.loss(batch).item())
-            if self.answers:
+            if self.answers:  # of a broken image, what stands in for it is asked about
+                part = [self.examples.views(sample, rng).sample for sample in part]
                 said = answers(self.module, self.examples, part, max_new_tokens=ANSWERED)
                 right += [_same(a, s.answer) for a, s in zip(said, part, strict=True)]
         found = {"loss": float(np.mean(losses))}

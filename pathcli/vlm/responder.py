@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pathcli.data.images import read_image
 from pathcli.data.pairs import Pictures
 from pathcli.device import pick_device
 from pathcli.encoders.augment import Augment
 from pathcli.encoders.checkpoint import read_state
+from pathcli.errors import UsageError
 from pathcli.recipe import Recipe, build
 from pathcli.runs import read_run
 from pathcli.state import fill
@@ -17,16 +19,23 @@ from pathcli.vlm.batches import Examples
 from pathcli.vlm.generate import answers
 from pathcli.vlm.model import VisionLanguage
 from pathcli.vlm.towers import Views, ready
-from pathcli.weights import fetch
+from pathcli.weights import fetch, local
 from pathcli.yaml12 import parse_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from pathcli.types import Sample
+    from pathcli.types import ByteArray, Sample
 
 SHIPPED = "clover-mini"
+
+
+class _AsTheyAre(Pictures):
+    """Reads images, and lets none stand in for a broken one."""
+
+    def all(self, sample: Sample) -> tuple[Sample, list[ByteArray]]:
+        return sample, [read_image(ref) for ref in sample.images]
 
 
 class Responder:
@@ -37,9 +46,12 @@ class Responder:
 
         Raises:
             UsageError: the recipe is of another task.
-            ResourceError: weights of a frozen part are not here.
-            DataError: the weights are of another model.
+            ResourceError: the weights, or those of a frozen part, are not here.
+            DataError: the weights are damaged, or of another model.
         """
+        if recipe.task != "generate":
+            msg = f"recipe {recipe.name}: task {recipe.task} learns no answers; "
+            raise UsageError(msg + "name a run of the task generate")
         task = build(recipe)
         here = pick_device(device)
         self.recipe, self.chat = recipe, task.chat
@@ -47,10 +59,10 @@ class Responder:
         task.language.start()
         connector = task.connector(encoder.row_shape[-1], task.language.width)
         self.module = VisionLanguage(encoder, connector, task.language)
-        state = {name: tensor.float() for name, tensor in read_state(weights).items()}
+        state = {name: tensor.float() for name, tensor in read_state(local(weights)).items()}
         fill(self.module, state, str(weights))
         self.module.eval().to(here)
-        views = Views(Pictures((), max_broken=1), connector, Augment(), encoder.input_px)
+        views = Views(_AsTheyAre(()), connector, Augment(), encoder.input_px)
         count = connector.count(encoder.row_shape[0])
         self.examples = Examples(views, self.chat, connector, task.language, count)
 
