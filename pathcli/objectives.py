@@ -82,6 +82,18 @@ def _mean(losses: Tensor, columns: int, *, joint: bool) -> Tensor:
     return losses.sum() * ((_processes() if joint else 1) / columns)
 
 
+def weighed(mean: Tensor, count: Tensor) -> Tensor:
+    """Return a mean over `count` things so that its mean over processes is the joint one.
+
+    Both are scalars, of this process; all of them have to ask.
+    """
+    if _processes() == 1:
+        return mean
+    total = count.clone()
+    dist.all_reduce(total)
+    return mean * (count * _processes()) / total
+
+
 # --- contrast ----------------------------------------------------------------------------
 
 

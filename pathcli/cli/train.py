@@ -53,7 +53,6 @@ def train(
     from pathcli import processes  # noqa: PLC0415
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.recipe import load_recipe  # noqa: PLC0415
-    from pathcli.runs import chosen  # noqa: PLC0415
     from pathcli.runs import train as train_all  # noqa: PLC0415
 
     o.check(None, device)
@@ -68,8 +67,15 @@ def train(
         )
     first = not processes.rank()
     processes.leave()
-    if not first:
-        return
+    if first:
+        tell(runs, out / known.name, json=json)
+
+
+def tell(runs: list[Run], folder: Path, *, json: bool) -> None:
+    """Print how the runs of a recipe went, and what to do next."""
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.runs import chosen  # noqa: PLC0415
+
     best = chosen(runs)
     rows = [
         {
@@ -94,9 +100,9 @@ def train(
     else:
         show.table(
             [{k: str(v) if k == "lr" else v for k, v in r.items() if k in COLUMNS} for r in rows],
-            title=f"{out / known.name}: on the validation split, at the chosen epoch",
+            title=f"{folder}: on the validation split, at the chosen epoch",
         )
-        show.say("each run has a report.html" + next_command(best[0], out / known.name))
+        show.say("each run has a report.html" + next_command(best[0], folder))
 
 
 def estimate(recipe: Recipe, gpu: str | None, *, dry_run: bool, json: bool) -> None:

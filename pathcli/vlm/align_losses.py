@@ -15,7 +15,15 @@ from torch.nn.functional import gelu, linear, log_softmax, pad
 
 from pathcli import processes
 from pathcli.errors import DataError
-from pathcli.objectives import IGNORED, gather, hard_negatives, itg, itm, query_similarity
+from pathcli.objectives import (
+    IGNORED,
+    gather,
+    hard_negatives,
+    itg,
+    itm,
+    query_similarity,
+    weighed,
+)
 from pathcli.vlm.qformer_weights import heads, located
 from pathcli.vlm.towers import see
 
@@ -119,8 +127,8 @@ class Align(nn.Module):
         words = seen.text["mask"][:, 1:].sum()
         return (
             contrast(compared),
-            itm(logits, truth) * _weight(torch.tensor(len(truth), device=truth.device)),
-            self.captions(seen) * _weight(words),
+            weighed(itm(logits, truth), torch.tensor(len(truth), device=truth.device)),
+            weighed(self.captions(seen), words),
         )
 
     def see(self, batch: Mapping[str, Any]) -> Seen:
@@ -207,11 +215,6 @@ def contrast(compared: Compared, *, joint: bool = True) -> Tensor:
 def learnt(text: Mapping[str, Tensor]) -> Tensor:
     """Return what is predicted of texts, int64 [b, w]: their words, -100 where there is none."""
     return text["ids"].masked_fill(text["mask"] == 0, IGNORED)
-
-
-def _weight(count: Tensor) -> Tensor:
-    """Return what a mean over `count` counts for, so that the processes' mean is the joint one."""
-    return count * processes.ranks() / gather(count[None]).sum()
 
 
 def _alone(rows: Tensor) -> Tensor:

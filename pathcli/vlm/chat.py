@@ -44,7 +44,7 @@ class Chat:
         """Read the template and keep the rest.
 
         Args:
-            template: plain, vicuna-v1, llama-3, chatml, flan, instruct, or a file of that form.
+            template: plain, vicuna-v1, llama-3, chatml, flan, or a file of that form.
             system: words for the system, "" for none (default: the template's).
             prefix: said before every question.
             closed: said after questions whose answer is yes or no.

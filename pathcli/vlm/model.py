@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from pathcli.objectives import weighed
 from pathcli.vlm.towers import see
 
 if TYPE_CHECKING:
@@ -54,9 +55,14 @@ class VisionLanguage(nn.Module):
         return found
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return the mean cross-entropy of all learnt words of the batch, a scalar."""
-        found: Tensor = self.language.loss(self.embeds(batch), batch["mask"], batch["labels"])
-        return found
+        """Return the mean cross-entropy of all learnt words of the batch, a scalar.
+
+        Weighted so that its mean over processes is that of the joint batch.
+        """
+        labels = batch["labels"]
+        found: Tensor = self.language.loss(self.embeds(batch), batch["mask"], labels)
+        said = labels if self.language.seq2seq else labels[:, 1:]  # nothing says the first word
+        return weighed(found, (said != NOT_LEARNT).sum())
 
     def generate(self, batch: Mapping[str, Any], **decoding: Any) -> list[list[int]]:  # noqa: ANN401
         """Return the ids of each row's answer; `decoding` is that of `HFLanguage.generate`.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _NAMED = 3
+_LANGUAGE = "language."  # of which nothing is left behind: it would be another model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,27 +30,30 @@ class Start:
     def fill(self, module: torch.nn.Module, prefixes: Sequence[str]) -> Mapping[str, Any]:
         """Put a former stage's weights into those parts of `module` whose names begin so.
 
-        What the run has and the module has not (heads of the former stage) stays out, and what
-        the module has and the run has not (a new projection) stays as it is; both are counted
-        in what is returned for provenance. Nothing is done where no run is named.
+        What the run has and the module has not (texts a connector no longer reads) stays out,
+        and what the module has and the run has not (a new projection) stays as it is; both are
+        counted in what is returned for provenance. Nothing is done where no run is named.
 
         Raises:
             ResourceError: there is no finished run, or its weights are gone.
-            DataError: they are damaged, of other shapes, or nothing of a part has a place.
+            DataError: they are damaged, of other shapes, nothing of a part has a place, or not
+                all of a language model has.
         """
         if self.run is None:
             return {}
         run, file = read_run(self.run), self.run / "weights.safetensors"
         chosen = tuple(prefixes)
-        saved = {k: v for k, v in _read(file).items() if k.startswith(chosen)}
         here = {k: v for k, v in module.state_dict().items() if k.startswith(chosen)}
+        named = {k: v for k, v in _read(file).items() if k.startswith(chosen)}
+        saved = {_called(name, here): value for name, value in named.items()}
         taken = {name: value for name, value in saved.items() if name in here}
         _refuse_others(file, taken, here)
         for prefix in chosen:
             of_run = [name for name in saved if name.startswith(prefix)]
-            if of_run and not any(name in taken for name in of_run):
-                msg = f"{file}: nothing of its {prefix}* has a place here ({_some(of_run)})"
-                raise DataError(msg + "; is it a stage before this one?")
+            lost = [name for name in of_run if name not in taken]
+            if lost and (lost == of_run or prefix == _LANGUAGE):
+                msg = f"{file}: {len(lost)} of {len(of_run)} tensors {prefix}* have no place here "
+                raise DataError(msg + f"({_some(lost)}); is it a stage before this one?")
         if not taken:
             msg = f"{file}: no tensor is called {' or '.join(p + '*' for p in chosen)}; "
             raise DataError(msg + "start.run names a former stage of this model")
@@ -63,6 +67,13 @@ class Start:
             "left": len(saved) - len(taken),
             "fresh": sum(name not in taken for name in trained),
         }
+
+
+def _called(name: str, here: Mapping[str, torch.Tensor]) -> str:
+    """Return what a weight is called here: a layer that got adapters is their `base_layer`."""
+    layer, _, weight = name.rpartition(".")
+    below = f"{layer}.base_layer.{weight}"
+    return below if name not in here and below in here else name
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:

@@ -18,7 +18,13 @@ from pathcli.yaml12 import parse_yaml
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-TEMPLATES = ("plain", "vicuna-v1", "llama-3", "chatml", "flan", "instruct")
+TEMPLATES = (
+    "plain",
+    "vicuna-v1",
+    "llama-3",
+    "chatml",
+    "flan",
+)
 QUESTIONS = ("describe", "describe-in-detail")
 
 
