@@ -1,0 +1,230 @@
+r"""From a finished run of the recipe clover-mini-stage2 to shipped weights, figures and card.
+
+    python benchmarks/mini_clip_data.py DATA mini-data
+    python benchmarks/clover_mini_data.py mini-data/labels.csv clover-data
+    pathcli train --recipe clover-mini-stage1 --set data.source=clover-data/captions.csv
+    pathcli train --recipe clover-mini-stage2 --set data.source=clover-data/instructions.json \\
+        --set start.run=runs/clover-mini-stage1/seed-1
+    python benchmarks/clover_mini.py runs/clover-mini-stage2/seed-1 mini-data/labels.csv
+
+Writes clover-mini.safetensors (float16), recipe.yaml, metrics.json, training.jsonl and
+README.md, the card. `--split val` asks the validation groups, and ships nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from clover_mini_data import Asker, Row, read_questions, read_rows
+from mini_clip import as_metric, say
+from safetensors.torch import load_file, save_file
+
+from pathcli.metrics.statistics import bootstrap
+from pathcli.runs import Run, read_run
+from pathcli.types import Sample
+from pathcli.vlm.responder import Responder
+
+OUT = Path(__file__).parents[1] / "assets" / "clover-mini"
+CARD = Path(__file__).with_name("clover_mini_card.md")
+MAIN = ("tissue", "malignant")  # asked in every unseen wording; the others in a drawn one
+KINDS = ("benign", "named", "either", "choice", "same")
+LENGTH = 24  # tokens of an answer, at most
+
+Answer = Callable[[Sequence[Sample]], list[str]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions of one kind in one wording, one an image; `answer` of a sample is the right one."""
+
+    kind: str
+    wording: str
+    samples: Sequence[Sample]
+
+    def scores(self, said: Sequence[str]) -> dict[str, Any]:
+        """Return exact match and, over the right answers' classes, its balanced form."""
+        right = np.array(
+            [plain(a) == plain(s.answer) for a, s in zip(said, self.samples, strict=True)]
+        )
+        groups = [s.group for s in self.samples]
+        wanted = np.unique([s.answer for s in self.samples], return_inverse=True)[1]
+
+        def balanced(rows: np.ndarray) -> float:
+            return float(
+                np.mean([right[rows][wanted[rows] == c].mean() for c in set(wanted[rows])])
+            )
+
+        exact = bootstrap(lambda rows: float(right[rows].mean()), groups)
+        most = max(np.bincount(wanted)) / len(wanted)
+        return {
+            "exact_match": as_metric(exact),
+            "balanced_accuracy": as_metric(bootstrap(balanced, groups)),
+            "majority": round(float(most), 4),
+            "images": len(right),
+        }
+
+
+def plain(text: str) -> str:
+    """Return an answer as it is compared: lower case, one space, no full stop."""
+    return re.sub(r"\s+", " ", text).strip(" .").lower()
+
+
+def questions(rows: Sequence[Row]) -> list[Asked]:
+    """Return what the rows' images are asked, in wordings that training never used."""
+    asker, rng = Asker(read_questions(), "unseen"), np.random.default_rng(6)
+    found = []
+    for kind in MAIN:
+        for number, word in enumerate(asker.words[kind], 1):
+            samples = [sample(row, *asker.answer(kind, row["label"], rng, word)) for row in rows]
+            found.append(Asked(kind, f"unseen wording {number}", samples))
+    for kind in KINDS:
+        samples = [drawn(asker, kind, row, rows, rng) for row in rows]
+        found.append(Asked(kind, "unseen wordings, one drawn", samples))
+    return found
+
+
+def sample(row: Row, question: str, answer: str, *others: str) -> Sample:
+    """Return one question on a row's image, and others' beside it."""
+    images = (row["image"], *others)
+    return Sample(row["image"], images, answer, (question,), group=row["group"])
+
+
+def drawn(
+    asker: Asker, kind: str, row: Row, rows: Sequence[Row], rng: np.random.Generator
+) -> Sample:
+    """Return a question of a kind, its wording drawn."""
+    if kind != "same":
+        return sample(row, *asker.ask(kind, row["label"], rng))
+    alike = rng.random() < 0.5
+    others = [r for r in rows if r is not row and (r["label"] == row["label"]) == alike]
+    other = others[int(rng.integers(len(others)))]
+    word = asker.words[kind][int(rng.integers(len(asker.words[kind])))]
+    answer = "yes" if other["label"] == row["label"] else "no"
+    return sample(row, word, answer, other["image"])
+
+
+def blind(asked: Asked) -> Asked:
+    """Return the same questions and answers, each on the image of another row."""
+    turned = np.random.default_rng(7).permutation(len(asked.samples))
+    samples = [
+        Sample(s.name, asked.samples[i].images, s.answer, s.turns, group=s.group)
+        for s, i in zip(asked.samples, turned, strict=True)
+    ]
+    return Asked(asked.kind, asked.wording, samples)
+
+
+def measure(answer: Answer, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return every figure of the card, each with its interval."""
+    found: dict[str, Any] = {}
+    shown: set[str] = set()
+    for asked in questions(rows):
+        said = answer(asked.samples)
+        figures = asked.scores(said)
+        if asked.kind not in shown:  # once a kind
+            shown.add(asked.kind)
+            hidden = blind(asked)
+            figures["blind"] = hidden.scores(answer(hidden.samples))["exact_match"]
+        name = f"{asked.kind}, {asked.wording}"
+        pairs = zip(said[::97], asked.samples[::97], strict=True)
+        found[name] = figures | {"examples": [[s.turns[-1], s.answer, a] for a, s in pairs]}
+        print(name, {k: v for k, v in figures.items() if k != "examples"}, flush=True)
+    return found
+
+
+def ship(run: Run, out: Path) -> Path:
+    """Write the run's weights as float16 and its recipe; return the weights' file."""
+    path = out / "clover-mini.safetensors"
+    state = load_file(run.folder / "weights.safetensors")
+    save_file({k: v.half().contiguous() for k, v in state.items()}, path)
+    portable = run.recipe.with_values(**{"data.source": "instructions.json", "start.run": None})
+    (out / "recipe.yaml").write_text(portable.to_yaml(), encoding="utf-8")
+    shutil.copyfile(run.folder / "metrics.jsonl", out / "training.jsonl")
+    return path
+
+
+def card(run: Run, figures: dict[str, Any], size: int) -> str:
+    """Return the model card as Markdown."""
+    names = ("exact_match", "balanced_accuracy", "blind")
+    table = {
+        kind: {n: row[n] for n in names if n in row} | {"majority": {"value": row["majority"]}}
+        for kind, row in figures.items()
+    }
+    known = run.provenance
+    examples = [e for row in figures.values() for e in row["examples"][:3]]
+    return CARD.read_text(encoding="utf-8").format(
+        figures=_table(table),
+        examples="\n".join(f"| {q} | {wanted} | {said} |" for q, wanted, said in examples),
+        megabytes=f"{size / 1e6:.1f}",
+        steps=f"{known['steps']:,} steps, {known['seconds'] / 60:.0f} minutes",
+        samples=", ".join(f"{n} {side}" for side, n in run.facts["samples"].items()),
+        recipe=run.recipe.with_values(
+            **{"data.source": "instructions.json", "start.run": "clover-mini-stage1"}
+        ).to_yaml(),
+        versions=", ".join(f"{k} {v}" for k, v in known["versions"].items()),
+    )
+
+
+def _table(found: dict[str, dict[str, Any]]) -> str:
+    columns = ["exact_match", "balanced_accuracy", "blind", "majority"]
+    lines = [" | ".join(["question", *columns]), " | ".join(["---"] * (len(columns) + 1))]
+    for name, values in found.items():
+        cells = [
+            f"{values[c]['value']:.3f}"
+            if c == "majority"
+            else say(values[c])
+            if c in values
+            else ""
+            for c in columns
+        ]
+        lines.append(" | ".join([name, *cells]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def main() -> None:
+    """Ship, ask, and write the card; or ask the validation groups alone."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--split", default="test", choices=["val", "test"])
+    parser.add_argument("--most", type=int, help="images of a group, at most")
+    given = parser.parse_args()
+    run = read_run(given.run)
+    lung = {k: v for k, v in read_questions()["classes"].items() if v["organ"] == "lung"}
+    rows = few(read_rows(given.table, given.split, lung), given.most)
+    shipped = given.split == "test"
+    weights = ship(run, given.out) if shipped else run.folder / "weights.safetensors"
+    responder = Responder(run.recipe, weights, "auto")
+    figures = measure(lambda asked: list(responder(asked, batch=32, max_new_tokens=LENGTH)), rows)
+    if not shipped:
+        return
+    text = json.dumps({"images": len(rows), "questions": figures}, indent=1)
+    (given.out / "metrics.json").write_text(text + "\n")
+    size = weights.stat().st_size
+    (given.out / "README.md").write_text(card(run, figures, size), encoding="utf-8")
+
+
+def few(rows: Sequence[Row], most: int | None) -> list[Row]:
+    """Return at most so many rows of each group, evenly spaced."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    if most is None:
+        return list(rows)
+    return [
+        g[i * len(g) // min(most, len(g))]
+        for g in groups.values()
+        for i in range(min(most, len(g)))
+    ]
+
+
+if __name__ == "__main__":
+    main()

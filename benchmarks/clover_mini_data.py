@@ -1,0 +1,159 @@
+"""Instructions for clover-mini: questions with short answers, built from the labels of patches.
+
+    python benchmarks/mini_clip_data.py DATA mini-data
+    python benchmarks/clover_mini_data.py mini-data/labels.csv clover-data
+
+Writes captions.csv (stage 1: image,caption,group) and instructions.json (stage 2: LLaVA's
+form, with the kind of question and the image's group) of the training groups; the other groups
+are written nowhere. What is asked, and how, is assets/clover-mini/questions.yaml. Labels are of
+patches, so descriptions say what is typical of a class, not what one image shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pathcli.yaml12 import parse_yaml
+
+QUESTIONS = Path(__file__).parents[1] / "assets" / "clover-mini" / "questions.yaml"
+LETTERS = "ABCDE"
+SHARES = {  # of the questions on one image
+    "tissue": 0.26,
+    "malignant": 0.16,
+    "benign": 0.1,
+    "named": 0.12,
+    "organ": 0.04,
+    "either": 0.1,
+    "choice": 0.1,
+    "describe": 0.06,
+    "same": 0.06,
+}
+MORE = 8  # times as many questions on a colon patch, as there are few of them
+Row = dict[str, str]
+
+
+def read_questions() -> dict[str, Any]:
+    """Return the questions' file."""
+    return dict(parse_yaml(QUESTIONS.read_text(encoding="utf-8"), str(QUESTIONS)))
+
+
+class Asker:
+    """Questions about labelled patches, and their answers; `side` is `train` or `unseen`."""
+
+    def __init__(self, told: Mapping[str, Any], side: str) -> None:
+        """Take the questions of a side."""
+        self.classes, self.descriptions = told["classes"], told["descriptions"]
+        self.words = {kind: lists[side] for kind, lists in told["questions"].items()}
+
+    def name(self, label: str) -> str:
+        """Return what a class is called in answers."""
+        return str(self.classes[label]["name"])
+
+    def answer(self, kind: str, label: str, rng: np.random.Generator, word: str) -> tuple[str, str]:
+        """Return a question of a kind in a wording, and its answer, for a patch of a class."""
+        own, name = self.classes[label], self.name(label)
+        plain = {
+            "tissue": name,
+            "malignant": _yes(own["malignant"]),
+            "benign": _yes(not own["malignant"]),
+            "organ": own["organ"],
+            "describe": _one(self.descriptions[label], rng),
+        }
+        if kind in plain:
+            return word, plain[kind]
+        others = [c for c in self.classes if c != label]
+        if kind == "named":
+            asked = label if rng.random() < 0.5 else _one(others, rng)
+            return word.format(name=self.name(asked)), _yes(asked == label)
+        shown = [label, *rng.permutation(others)[: 1 if kind == "either" else 2].tolist()]
+        shown = rng.permutation(shown).tolist()
+        if kind == "either":
+            a, b = (self.name(c) for c in shown)
+            return word.format(a=a, b=b), name
+        lettered = [f"{x}. {self.name(c)}" for x, c in zip(LETTERS, shown, strict=False)]
+        return word.format(options=" ".join(lettered)), lettered[shown.index(label)]
+
+    def ask(self, kind: str, label: str, rng: np.random.Generator) -> tuple[str, str]:
+        """Return a question of a kind, its wording drawn, and its answer."""
+        return self.answer(kind, label, rng, _one(self.words[kind], rng))
+
+
+def _yes(right: bool) -> str:
+    return "yes" if right else "no"
+
+
+def _one(choices: Sequence[Any], rng: np.random.Generator) -> Any:  # noqa: ANN401
+    return choices[int(rng.integers(len(choices)))]
+
+
+def instructions(rows: Sequence[Row], asker: Asker, each: int, seed: int) -> Iterator[Any]:
+    """Yield `each` conversations of one question on every row's image."""
+    rng = np.random.default_rng([5, seed])
+    kinds, shares = list(SHARES), list(SHARES.values())
+    for number, row in enumerate(rows):
+        more = MORE if row["label"].startswith("colon") else 1
+        for kind in rng.choice(kinds, each * more, p=shares).tolist():
+            images = [row["image"]]
+            if kind == "same":
+                alike = rng.random() < 0.5
+                other = _one([r for r in rows if (r["label"] == row["label"]) == alike], rng)
+                images.append(other["image"])
+                said = _one(asker.words[kind], rng), _yes(other["label"] == row["label"])
+            else:
+                said = asker.ask(kind, row["label"], rng)
+            question = "<image>\n" * len(images) + said[0]
+            yield {
+                "id": f"{number}-{kind}",
+                "image": images if len(images) > 1 else images[0],
+                "conversations": [
+                    {"from": "human", "value": question},
+                    {"from": "gpt", "value": said[1]},
+                ],
+                "kind": kind,
+                "group": row["group"],
+            }
+
+
+def captions(rows: Sequence[Row], asker: Asker) -> Iterator[Row]:
+    """Yield a caption for every row's image: what the class is called, or typical of it."""
+    rng = np.random.default_rng([5, 0])
+    for row in rows:
+        texts = [asker.name(row["label"]), *asker.descriptions[row["label"]]]
+        yield {"image": row["image"], "caption": _one(texts, rng), "group": row["group"]}
+
+
+def read_rows(table: Path, split: str, classes: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of a split whose class has a name here, images as absolute paths."""
+    with table.open(newline="") as file:
+        found = [r for r in csv.DictReader(file) if r["split"] == split and r["label"] in classes]
+    return [row | {"image": str((table.parent / row["image"]).absolute())} for row in found]
+
+
+def main() -> None:
+    """Write both files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--each", type=int, default=4, help="questions on an image")
+    given = parser.parse_args()
+    told = read_questions()
+    asker, rows = Asker(told, "train"), read_rows(given.table, "train", told["classes"])
+    given.out.mkdir(parents=True, exist_ok=True)
+    with (given.out / "captions.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, ["image", "caption", "group"])
+        table.writeheader()
+        table.writerows(captions(rows, asker))
+    asked = list(instructions(rows, asker, given.each, 0))
+    (given.out / "instructions.json").write_text(json.dumps(asked, indent=0) + "\n")
+    print(f"{len(rows)} images, {len(asked)} questions: {given.out}")
+
+
+if __name__ == "__main__":
+    main()
