@@ -57,6 +57,7 @@ log = logging.getLogger("pathcli")
 Metrics = Mapping[str, float]
 LOG_EVERY = 100  # steps
 SAVE_SECONDS, SAVE_EPOCH_SECONDS = 60.0, 2.0  # at most this often, amid an epoch and after one
+SAVING_SECONDS = 3.0  # what takes longer to save is saved less often, by as much
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Loop:
 
         Raises:
             UsageError: a list of seeds or rates; a loop trains one. A batch that cannot be
-                shared out.
+                shared out, or a choice without validation.
             DataError: no example to train on.
             ResourceError: the device, or an extra that was asked for, is not here.
         """
@@ -120,6 +121,9 @@ class Loop:
         self.work, self.settings, self.folder = work, settings, folder
         if settings.tensorboard:
             require_tensorboard()
+        if settings.choose and not work.validate:
+            msg = f"train.choose: {settings.choose!r} is measured in validation, and nothing is "
+            raise UsageError(msg + "validated here: all is trained on; null keeps the last weights")
         self.accelerator = processes.accelerator(settings, device)
         rank, ranks = processes.rank(), processes.ranks()
         self.feed = Batches(
@@ -149,7 +153,7 @@ class Loop:
         self._resume()
         if self.settings.tensorboard and not processes.rank():
             self.board = Board(self.folder, self.step)
-        saved = time.monotonic()
+        self.saved, self.saving = time.monotonic(), 0.0
         with (
             closing(self._stream()) as stream,
             closing(self.board) if self.board else nullcontext(),
@@ -160,14 +164,10 @@ class Loop:
                     if stop_after is not None and self.step >= stop_after:
                         self.save_state()
                         return False
-                    if processes.told(time.monotonic() - saved > SAVE_SECONDS):
-                        self.save_state()
-                        saved = time.monotonic()
+                    self._save_now_and_then(SAVE_SECONDS)
                 self.epochs_done += 1
                 self._judge()
-                if processes.told(time.monotonic() - saved > SAVE_EPOCH_SECONDS):
-                    self.save_state()
-                    saved = time.monotonic()
+                self._save_now_and_then(SAVE_EPOCH_SECONDS)
         return True
 
     def _exhausted(self) -> bool:
@@ -301,6 +301,14 @@ class Loop:
 
     # --- stopping and going on -----------------------------------------------------------
 
+    def _save_now_and_then(self, seconds: float) -> None:
+        """Save what was saved so long ago; a state of many gigabytes, less often."""
+        began, often = time.monotonic(), seconds * max(1.0, self.saving / SAVING_SECONDS)
+        if processes.told(began - self.saved > often):
+            self.save_state()
+            self.saved = time.monotonic()
+            self.saving = self.saved - began
+
     def save_state(self) -> None:
         """Write everything that `_resume` needs; all processes have to call it."""
         scaler = self.accelerator.scaler
@@ -316,6 +324,8 @@ class Loop:
             "totals": processes.all_of(self.total.cpu()),
             "rng": processes.all_of(random_state()),
         }
+        if processes.rank():  # what is shared out was asked of all, and one writes it
+            return
         memory = io.BytesIO()
         torch.save(state, memory)
         self._write("state/state.pt", memory.getvalue())

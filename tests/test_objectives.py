@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn.functional import normalize
 
 from pathcli.errors import DataError
 from pathcli.objectives import (
+    IGNORED,
     contrastive,
     enqueue,
     gather,
@@ -25,6 +27,7 @@ from pathcli.objectives import (
     query_itc,
     query_similarity,
 )
+from pathcli.vlm.model import VisionLanguage
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:
@@ -218,7 +221,21 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "momentum_itc": lambda x, y, _, s: momentum_itc(
         x[:, 0], y, (x[:, 1], y.flip(1)), (QUEUE, QUEUE.flip(0)), 1 / s, alpha=0.4
     ),
+    "words": lambda x, y, labels, s: answered((x[:, 0] * y).sum(1) * s, labels),
 }
+
+
+def answered(losses: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of a vision-language model, a word a row; those of label 1 are not learnt."""
+    wanted = labels.masked_fill(labels == 1, IGNORED)[:, None]
+    language = SimpleNamespace(
+        seq2seq=True, loss=lambda embeds, mask, said: embeds[said[:, 0] != mask].mean()
+    )
+    model = VisionLanguage(None, None, language)  # type: ignore[arg-type]
+    model.embeds = lambda batch: losses  # type: ignore[method-assign]
+    return model.loss({"labels": wanted, "mask": IGNORED})
+
+
 QUEUE = normalize(rows(6, 4, seed=9), dim=-1)
 CUT = 4  # of 7 rows: the processes have unequal batches
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,6 +208,24 @@ def test_a_cache_of_tokens_spares_the_encoder_and_takes_space(
     assert found.numbers["cache_mb_per_image"] == pytest.approx(196 * 768 * 2 / 1e6, abs=1e-3)
     assert found.numbers["cache_gb"] == pytest.approx(10 * 196 * 768 * 2 / 1e9, rel=0.01)
     assert "cache_gb" not in plan(with_data(recipe, tmp_path, 10)).numbers
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_begun(
+    recipe: Recipe, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = with_data(recipe, tmp_path, 10).with_values(cache={"tokens": "float16"})
+    need, store = 10 * 196 * 768 * 2, tmp_path / "new" / "store"
+    free = SimpleNamespace(free=1_000_000_000 + need - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    (tmp_path / "mine.yaml").write_text(given.to_yaml())
+    code, _, err = run("train", "--recipe", tmp_path / "mine.yaml", "--dry-run", "--store", store)
+    assert code == 5
+    assert f"{store}: 10 images' tokens need 0.00301 GB" in err
+    assert not store.parent.exists()
+    kept = store / "features" / "pathgen-clip-0" / "whole" / "images.h5"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"x")
+    assert plan(given, store=store).numbers["cache_gb"]  # that byte is there already
 
 
 # --- every recipe, and the command -------------------------------------------------------

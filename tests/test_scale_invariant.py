@@ -232,3 +232,13 @@ def test_what_it_cannot_be_is_refused() -> None:
         ScaleInvariant(WIDTH, OUT, heads=7)
     with pytest.raises(UsageError, match="an image here has one view"):
         connector()(*seen(5, 1))
+
+
+def test_images_that_are_augmented_are_not_cut_into_tiles() -> None:
+    from pathcli.data.pairs import Pictures
+    from pathcli.encoders.augment import Augment
+    from pathcli.vlm.towers import Views
+
+    Views(Pictures(()), connector(), Augment(), 32)
+    with pytest.raises(UsageError, match="this connector cuts; leave it out"):
+        Views(Pictures(()), connector(), Augment(grey=0.5), 32)

@@ -93,7 +93,7 @@ def test_weights_without_a_place_are_refused(tmp_path: Path) -> None:
         Start(run=other).fill(Stage(), PARTS)
     lora = {"language.base.lora_A": torch.ones(2), "connector.query.bias": torch.ones(4)}
     tuned = finished(tmp_path / "tuned", lora)
-    with pytest.raises(DataError, match=r"nothing of its language.\* has a place here"):
+    with pytest.raises(DataError, match=r"1 of 1 tensors language.\* have no place here"):
         Start(run=tuned).fill(Stage(), PARTS)
     assert Start(run=tuned).fill(Stage(), PARTS[:1])["taken"] == 1
 
@@ -111,3 +111,23 @@ def test_a_run_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     (run / "report.json").unlink()
     with pytest.raises(ResourceError, match="is unfinished"):
         Start(run=run).fill(Stage(), PARTS)
+
+
+def test_of_a_language_model_nothing_is_left_behind(tmp_path: Path) -> None:
+    half = finished(tmp_path / "half", saved() | {"language.2.weight": torch.ones(3, 3)})
+    with pytest.raises(DataError, match=r"1 of 3 tensors language.\* .*\(language.2.weight\)"):
+        Start(run=half).fill(Stage(), PARTS)
+
+
+def test_a_model_trained_whole_goes_below_the_adapters_of_the_next_stage(tmp_path: Path) -> None:
+    class Adapted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer, self.lora_A = torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)
+
+    weights = saved()
+    run, module = finished(tmp_path / "run", weights), Stage()
+    module.language[1] = Adapted()
+    facts = Start(run=run).fill(module, PARTS)
+    assert (facts["left"], facts["fresh"]) == (0, 2)
+    assert torch.equal(module.language[1].base_layer.weight, weights["language.1.weight"])

@@ -6,7 +6,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from test_trainer import examples, quiet, regression, settings, trained
 
 from pathcli.batches import Batches
-from pathcli.errors import DataError, ResourceError
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.settings import order
 from pathcli.state import trainable_state
-from pathcli.trainer import Loop, Work
+from pathcli.trainer import SAVING_SECONDS, Loop, Work
 
 
 class Pair(torch.nn.Module):
@@ -165,6 +165,31 @@ def test_tensorboard_is_an_extra_and_gets_every_line(monkeypatch: pytest.MonkeyP
         ("val_score", 0.5, 2),
         "closed",
     ]
+
+
+def test_a_state_that_takes_long_to_save_is_saved_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, saved = [0.0], []
+    monkeypatch.setattr("pathcli.trainer.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    loop = Loop(Work(regression(), examples(60)), settings(batch=1, epochs=1), Path("run"), "cpu")
+
+    def save() -> None:
+        saved.append(loop.step)
+        clock[0] += 30
+
+    def step(done: int, total: int) -> None:
+        clock[0] += 10
+
+    monkeypatch.setattr(loop, "save_state", save)
+    loop.run(step)
+    assert saved == [7, 60]  # after a minute; again after ten of them; at the end of the epoch
+    assert 60 * (30 / SAVING_SECONDS) == 600
+
+
+def test_what_is_chosen_by_validation_needs_some() -> None:
+    with pytest.raises(UsageError, match="'score' is measured in validation, and nothing is"):
+        Loop(Work(regression(), examples()), settings(choose="score"), Path("run"), "cpu")
 
 
 def test_tensorboard_itself_writes_a_file_of_events() -> None:

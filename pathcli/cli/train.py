@@ -58,7 +58,7 @@ def train(
     o.check(None, device)
     known = load_recipe(recipe, settings or ())
     if dry_run or gpu is not None:
-        estimate(known, gpu, dry_run=dry_run, json=json)
+        estimate(known, gpu, store, dry_run=dry_run, json=json)
         return
     kept = o.open_store(store)
     with show.progress(0, unit="steps") as start:
@@ -105,8 +105,10 @@ def tell(runs: list[Run], folder: Path, *, json: bool) -> None:
         show.say("each run has a report.html" + next_command(best[0], folder))
 
 
-def estimate(recipe: Recipe, gpu: str | None, *, dry_run: bool, json: bool) -> None:
-    """Print what training a recipe would take; nothing is loaded."""
+def estimate(
+    recipe: Recipe, gpu: str | None, store: Path | None, *, dry_run: bool, json: bool
+) -> None:
+    """Print what training a recipe would take; nothing is loaded, and no store made."""
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.errors import UsageError  # noqa: PLC0415
     from pathcli.vlm.plan import plan, table  # noqa: PLC0415
@@ -114,7 +116,7 @@ def estimate(recipe: Recipe, gpu: str | None, *, dry_run: bool, json: bool) -> N
     if not dry_run:
         msg = "--gpu belongs to --dry-run; where training runs is said by --device"
         raise UsageError(msg)
-    found = plan(recipe, gpu or "a100-80g")
+    found = plan(recipe, gpu or "a100-80g", store)
     if json:
         show.as_json(found.to_json())
         return

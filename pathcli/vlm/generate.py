@@ -64,7 +64,7 @@ class GenerateTask:
 
         Raises:
             UsageError: an encoder without tokens, a choice by what is not measured, batches in
-                pieces, or a cache beside images that change.
+                pieces, two half precisions, or a cache beside images that change.
         """
         refuse_pooled(encoder)
         if train.choose not in {None, "exact_match"}:
@@ -73,6 +73,9 @@ class GenerateTask:
         if train.chunk is not None:
             msg = "train.chunk: pieces are for contrastive losses; generate takes train.accumulate"
             raise UsageError(msg)
+        if {language.load, train.precision} == {"bfloat16", "float16"}:
+            msg = f"language.load: {language.load} under train.precision: {train.precision} keeps "
+            raise UsageError(msg + "each weight twice and converts it at every use; make them one")
         self.encoder, self.connector, self.language = encoder, connector, language
         self.data, self.chat, self.train = data, chat, train
         self.augment, self.start, self.cache = augment, start, cache
@@ -104,6 +107,7 @@ class GenerateTask:
         if self.cache.tokens == "off":
             self._shape = ready(self.encoder, pick_device(device)).row_shape
             return
+        self.chat.stop(self.language.tokenizer)  # what is missing is said before hours of encoding
         refs = [ref for side in (corpus.train, corpus.val) for s in side for ref in s.images]
         self._tokens = TokenCache(refs, self.encoder, store, self.cache, device)
         self._tokens.fill(progress("image tokens"))

@@ -81,8 +81,9 @@ class HFLanguage(nn.Module):
     ) -> None:
         """Take a hub's id, a folder, a GGUF file or the name of a card, and how it is used.
 
-        `load` is the precision of weights that are not trained, and with `tune="full"` of all;
-        adapters are float32. `checkpointing` recomputes each layer in the backward pass.
+        `load` is the precision of weights that are not trained; what is trained is float32, for
+        in fewer bits its steps would be rounded away. `checkpointing` recomputes each layer in
+        the backward pass.
 
         Raises:
             UsageError: options that do not go together, or a number outside its range.
@@ -90,8 +91,9 @@ class HFLanguage(nn.Module):
         """
         super().__init__()
         wrong = []
-        if tune == "full" and load not in {"float32", "bfloat16"}:
-            wrong.append(f"load: {load} cannot be trained whole; tune: lora can, or load: bfloat16")
+        if tune == "full" and load != "float32":
+            why = "its steps would be rounded away"
+            wrong.append(f"load: {load} cannot be trained whole ({why}); tune: lora, or float32")
         if lora.r < 1 or not 0 <= lora.dropout < 1:
             wrong.append("lora.r must be at least 1 and lora.dropout in [0, 1)")
         if wrong:

@@ -16,13 +16,15 @@ import numpy as np
 from pathcli.errors import ResourceError, UsageError
 from pathcli.recipe import build, check_recipe
 from pathcli.registry import did_you_mean
+from pathcli.store.store import default_root
 from pathcli.torchvision_guard import guard_torchvision
 from pathcli.vlm.lengths import Lengths, lengths_of
 from pathcli.vlm.sizes import GPUS, TOWERS, Gpu, Tower, forward, lora_weights
-from pathcli.vlm.tokens import CacheSettings
+from pathcli.vlm.tokens import CacheSettings, require_space
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from pathcli.recipe import Recipe
 
@@ -71,13 +73,15 @@ class Plan:
         return known | dict(self.numbers) | {"notes": list(self.notes)}
 
 
-def plan(recipe: Recipe, gpu: str = "a100-80g") -> Plan:
+def plan(recipe: Recipe, gpu: str = "a100-80g", store: Path | None = None) -> Plan:
     """Return what training a recipe would take, on `gpu`: a name, or as in 8xa100-80g several.
 
-    What the recipe still asks for may be missing, and so may weights and data.
+    What the recipe still asks for may be missing, and so may weights and data. `store` is the
+    folder that image tokens would be kept in (default: the user's store).
 
     Raises:
         UsageError: the recipe is wrong, or no GPU is called so.
+        ResourceError: the store's disk has no room for the tokens.
         DataError: a language model's folder is none, or a sample cannot be told.
     """
     count, name = re.fullmatch(r"(?:([1-9]\d*)x)?(.*)", gpu, re.DOTALL).groups()  # type: ignore[union-attr]
@@ -88,6 +92,7 @@ def plan(recipe: Recipe, gpu: str = "a100-80g") -> Plan:
     later = {path: "random" if path.endswith(".init") else "(given later)" for path in asked}
     task = _drafted(recipe.with_values(**later))
     draft = _Draft(recipe, task, int(count or 1), GPUS[name], asked)
+    draft.store = store or default_root()
     draft.add_parts()
     if asked:
         draft.notes.append(f"{len(asked)} values are still asked for: {', '.join(asked)}")
@@ -121,6 +126,7 @@ class _Draft:
         self.given = not any(path.startswith("data") for path in asked)
         self.parts: list[Part] = []
         self.notes: list[str] = []
+        self.store = default_root()
         self.lengths: Lengths | None = None
         self.tower = self._tower()
         self.cache: CacheSettings = getattr(task, "cache", CacheSettings())
@@ -333,7 +339,15 @@ class _Draft:
         found: dict[str, float] = {"cache_mb_per_image": round(each / 1e6, 3)}
         if lengths.images is not None:
             found["cache_gb"] = _short(each * lengths.images / 1e9)
+            shape = self.tower.tokens, self.tower.width
+            kept = sum(f.stat().st_size for f in self._entries())
+            require_space(self.store, lengths.images, shape, self.cache, kept)
         return found
+
+    def _entries(self) -> Iterator[Path]:
+        """Yield what the store has of this kind of encoder, of whatever weights."""
+        kind = self.recipe.values["encoder"]["kind"]
+        yield from (self.store / "features").glob(f"{kind}-*/*/*.h5")
 
 
 def _short(number: float) -> float:

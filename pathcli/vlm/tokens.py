@@ -21,6 +21,7 @@ from pathcli.store.int8 import INT8
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from pathcli.store import Store
     from pathcli.types import Encoder, HalfArray, ImageRef, Progress
@@ -44,6 +45,35 @@ class CacheSettings:
         if self.tokens == "int8":
             return values + 4 * int(np.prod(row_shape[:-1]))
         return 2 * values
+
+
+def require_space(
+    root: Path, n: int, row_shape: Sequence[int], settings: CacheSettings, kept: int = 0
+) -> None:
+    """Refuse a cache that a store's disk has no room for.
+
+    Args:
+        root: folder of the store, which need not be there yet.
+        n: images.
+        row_shape: tokens [t, d] of one.
+        settings: how they are kept.
+        kept: bytes of them that are in the store already.
+
+    Raises:
+        ResourceError: it does not fit; the message has the numbers.
+    """
+    each = settings.row_bytes(row_shape)
+    there = next(path for path in (root, *root.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if n * each - kept > free - MARGIN:
+        shape = " x ".join(map(str, row_shape))
+        msg = (
+            f"{root}: {n} images' tokens need {n * each / 1e9:.3g} GB ({shape} "
+            f"{settings.tokens} is {each / 1e6:.2f} MB an image), {free / 1e9:.3g} GB are "
+            f"free, {MARGIN / 1e9:g} of which stay so; give another --store, or set "
+            "cache.tokens to int8 or off"
+        )
+        raise ResourceError(msg)
 
 
 class _Kept:
@@ -94,23 +124,10 @@ class TokenCache:
         encoder = self._embedder.encoder
         if missing := images.missing(encoder.id, self.store):
             self._embedder.load()
-            self._require_space(missing, encoder.row_shape)
+            require_space(self.store.root, missing, encoder.row_shape, self.settings)
         encoded = images.fill(self._embedder, progress)
         self._mapped = MappedImages(images, encoder.id, self.store)
         return encoded
-
-    def _require_space(self, n: int, row_shape: Sequence[int]) -> None:
-        each = self.settings.row_bytes(row_shape)
-        free = shutil.disk_usage(self.store.root).free
-        if n * each > free - MARGIN:
-            shape = " x ".join(map(str, row_shape))
-            msg = (
-                f"{self.store.root}: {n} images' tokens need {n * each / 1e9:.3g} GB ({shape} "
-                f"{self.settings.tokens} is {each / 1e6:.2f} MB an image), {free / 1e9:.3g} GB are "
-                f"free, {MARGIN / 1e9:g} of which stay so; give another --store, or set "
-                "cache.tokens to int8 or off"
-            )
-            raise ResourceError(msg)
 
     @property
     def _filled(self) -> MappedImages:
@@ -171,13 +188,14 @@ def refuse_unless_still(augment: Augment, connector: Callable[..., Any]) -> None
     if len(views) != 1 or not np.array_equal(views[0], centre_square(_PROBE, _SIDE)):
         msg = (
             f"cache.tokens: the store has the central square of an image, and "
-            f"{type(connector).__name__} sees {_seen(len(views))}; set it to off"
+            f"{type(connector).__name__} sees {_seen(len(views))}set it to off"
         )
         raise UsageError(msg)
 
 
 def _seen(views: int) -> str:
-    return "another part of it (frame)" if views == 1 else f"{views} views of it"
+    one = "another part of it; give connector.frame: centre, or "
+    return one if views == 1 else f"{views} views of it; "
 
 
 _WIDTH = 768

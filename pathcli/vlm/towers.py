@@ -53,9 +53,16 @@ class Views:
         side: int,
         cache: TokenCache | None = None,
     ) -> None:
-        """Take what reads pixels, cuts them, changes them, their side in px, and the store's."""
+        """Take what reads pixels, cuts them, changes them, their side in px, and the store's.
+
+        Raises:
+            UsageError: images are changed, which makes one square of them, and cut into several.
+        """
         self.pictures, self.connector = pictures, connector
         self.augment = None if augment == Augment() else augment
+        if self.augment and len(connector.views(np.zeros((side, side, 3), np.uint8), side)) > 1:
+            msg = "augment makes one square of an image, which this connector cuts; leave it out"
+            raise UsageError(msg)
         self.side, self.cache = side, cache
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Shown:
