@@ -5,7 +5,7 @@ r"""From a finished run of the recipe clover-mini-stage2 to shipped weights, fig
     pathcli train --recipe clover-mini-stage1 --set data.source=clover-data/captions.csv
     pathcli train --recipe clover-mini-stage2 --set data.source=clover-data/instructions.json \\
         --set start.run=runs/clover-mini-stage1/seed-1
-    python benchmarks/clover_mini.py runs/clover-mini-stage2/seed-1 mini-data/labels.csv
+    python benchmarks/clover_mini.py runs/clover-mini-stage2/seed-1 mini-data/labels.csv --most 2
 
 Writes clover-mini.safetensors (float16), recipe.yaml, metrics.json, training.jsonl and
 README.md, the card. `--split val` asks the validation groups, and ships nothing.
@@ -78,8 +78,9 @@ def plain(text: str) -> str:
 
 
 def questions(rows: Sequence[Row]) -> list[Asked]:
-    """Return what the rows' images are asked, in wordings that training never used."""
+    """Return what the rows' images are asked: wordings training never used, then two it did."""
     asker, rng = Asker(read_questions(), "unseen"), np.random.default_rng(6)
+    trained = Asker(read_questions(), "train").words
     found = []
     for kind in MAIN:
         for number, word in enumerate(asker.words[kind], 1):
@@ -88,6 +89,10 @@ def questions(rows: Sequence[Row]) -> list[Asked]:
     for kind in KINDS:
         samples = [drawn(asker, kind, row, rows, rng) for row in rows]
         found.append(Asked(kind, "unseen wordings, one drawn", samples))
+    for kind in MAIN:
+        word = trained[kind][0]
+        samples = [sample(row, *asker.answer(kind, row["label"], rng, word)) for row in rows]
+        found.append(Asked(kind, "a wording of training", samples))
     return found
 
 

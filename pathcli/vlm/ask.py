@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 SCOPE = (
     "clover-mini was trained on patches of benign lung, lung adenocarcinoma and lung squamous "
-    "cell carcinoma of one data set, and on a few of colon"
+    "cell carcinoma of one data set, and on a few of colon; it can say which tissue it is and "
+    "whether it is malignant, in most wordings, and little else"
 )
 SLIDES = SLIDE_SUFFIXES - {".tif", ".tiff"}  # which patches have, too
 UNKNOWN = "outside what this model was trained on"
