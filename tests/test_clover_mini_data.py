@@ -246,16 +246,20 @@ def test_what_is_written_is_read_as_instructions(written: Path) -> None:
 LUNG = [row for row in ROWS if row["label"].startswith("lung")]
 
 
-def test_images_are_asked_in_unseen_wordings_alone() -> None:
+def test_images_are_asked_in_unseen_wordings_and_last_in_two_of_training() -> None:
     words = TOLD["questions"]
     found = measured.questions(LUNG)
     assert [(a.kind, a.wording) for a in found[:5]] == [
         ("tissue", f"unseen wording {n}") for n in range(1, 6)
     ]
-    assert len(found) == 5 + 5 + len(measured.KINDS)
+    assert len(found) == 5 + 5 + len(measured.KINDS) + 2
+    assert [(a.kind, a.wording) for a in found[-2:]] == [
+        (kind, "a wording of training") for kind in measured.MAIN
+    ]
     for one in found:
         assert len(one.samples) == len(LUNG)
-        forms = [re.sub(r"\\{\w+\\}", ".+", re.escape(w)) for w in words[one.kind]["unseen"]]
+        side = "train" if one in found[-2:] else "unseen"
+        forms = [re.sub(r"\\{\w+\\}", ".+", re.escape(w)) for w in words[one.kind][side]]
         for row, sample in zip(LUNG, one.samples, strict=True):
             assert sample.group == row["group"]
             assert sample.images[0] == row["image"]
