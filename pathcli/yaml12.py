@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pathcli.errors import DataError
+from pathcli.errors import DataError, ResourceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 
 class _Loader(yaml.SafeLoader):
@@ -89,6 +90,24 @@ def parse_yaml(text: str, source: str) -> Any:  # noqa: ANN401 - any YAML value
     except yaml.YAMLError as error:
         msg = f"{source}: not YAML: {str(error).splitlines()[0]}"
         raise DataError(msg) from error
+
+
+def read_mapping(path: Path, form: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file; `form` ends the sentence said where it is none.
+
+    Raises:
+        ResourceError: the file cannot be read.
+        DataError: it is no YAML, or no mapping.
+    """
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
+        raise ResourceError(msg) from error
+    if not isinstance(values, dict):
+        msg = f"{path}: {form}"
+        raise DataError(msg)
+    return values
 
 
 def dump_yaml(value: Any) -> str:  # noqa: ANN401 - any YAML value

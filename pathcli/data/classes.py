@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from pathcli.errors import DataError, ResourceError, UsageError
+from pathcli.errors import DataError, UsageError
 from pathcli.registry import did_you_mean
 from pathcli.weights import asset
-from pathcli.yaml12 import parse_yaml
+from pathcli.yaml12 import read_mapping
 
 NAMES = (
     *("lc-lung", "lc-colon", "crc-100k", "bach", "sicapv2", "osteo", "skincancer"),
@@ -247,14 +247,7 @@ def class_set_of(labels: Iterable[str], name: str) -> ClassSet:
 
 
 def _read(path: Path, name: str) -> ClassSet:
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        msg = f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
-        raise ResourceError(msg) from error
-    if not isinstance(values, dict):
-        msg = f"{path}: not a data set; it needs title and classes"
-        raise DataError(msg)
+    values = read_mapping(path, "not a data set; it needs title and classes")
     try:
         return _ADAPTER.validate_python({"name": name} | values)
     except ValidationError as error:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pathcli.data.pairs import pictures_of
-from pathcli.device import pick_device
 from pathcli.encoders.augment import Augment
 from pathcli.encoders.contrastive import VALIDATED, ContrastiveTask
 from pathcli.encoders.pairs import meaning
@@ -27,8 +26,8 @@ from pathcli.trainer import Work
 from pathcli.types import digest
 from pathcli.vlm.align_losses import Align, contrast
 from pathcli.vlm.start import Start
-from pathcli.vlm.tokens import CacheSettings, TokenCache, refuse_unless_still
-from pathcli.vlm.towers import Views, ready, refuse_pooled, sent
+from pathcli.vlm.tokens import CacheSettings, refuse_unless_still
+from pathcli.vlm.towers import Views, prepared, refuse_pooled, sent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from pathcli.data.corpus import Corpus, CorpusData
     from pathcli.store import Store
     from pathcli.types import Encoder, Progress, Sample
+    from pathcli.vlm.tokens import TokenCache
 
     Started = Callable[[str], Progress]
 
@@ -182,6 +182,7 @@ class AlignTask(ContrastiveTask):
         )
         self.encoder, self.connector, self.start, self.cache = encoder, connector, start, cache
         self._tokens: TokenCache | None = None
+        self._shape: tuple[int, ...] = ()
 
     def prepare(self, store: Store, *, device: str = "auto", progress: Started) -> None:
         """Read the tables of the data, load the encoder, and fill the store with its tokens.
@@ -191,13 +192,9 @@ class AlignTask(ContrastiveTask):
             ResourceError: weights, files or space are missing.
         """
         super().prepare(store, device=device, progress=progress)
-        if self.cache.tokens == "off":
-            ready(self.encoder, pick_device(device))
-            return
-        sides = (self.corpus.train, self.corpus.val)
-        refs = [ref for side in sides for sample in side for ref in sample.images]
-        self._tokens = TokenCache(refs, self.encoder, store, self.cache, device)
-        self._tokens.fill(progress("image tokens"))
+        self._tokens, self._shape = prepared(
+            self.corpus, self.encoder, store, self.cache, device=device, progress=progress
+        )
 
     def begin(self, seed: int) -> Work:
         """Return one seed's run, with a module of its own.
@@ -208,8 +205,7 @@ class AlignTask(ContrastiveTask):
         """
         del seed  # drawn from before, and the data are split once
         corpus = self.corpus
-        shape = self._tokens.row_shape if self._tokens else self.encoder.row_shape
-        connector = self.connector(shape[-1], None)
+        connector = self.connector(self._shape[-1], None)
         model = {"connector": dict(connector.start()), "encoder": self.encoder.id}
         module = Align(self.encoder, connector)
         model["heads"] = module.begin_heads(connector.init)

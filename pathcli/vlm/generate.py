@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pathcli.data.pairs import pictures_of
-from pathcli.device import pick_device
 from pathcli.encoders.augment import Augment
 from pathcli.errors import DataError, UsageError
 from pathcli.settings import TrainSettings, order
@@ -24,8 +23,8 @@ from pathcli.vlm.batches import Examples
 from pathcli.vlm.chat import Chat  # noqa: TC001 - builds the section `chat`
 from pathcli.vlm.model import VisionLanguage
 from pathcli.vlm.start import Start
-from pathcli.vlm.tokens import CacheSettings, TokenCache, refuse_unless_still
-from pathcli.vlm.towers import Views, ready, refuse_pooled, sent
+from pathcli.vlm.tokens import CacheSettings, refuse_unless_still
+from pathcli.vlm.towers import Views, prepared, refuse_pooled, sent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from pathcli.data.corpus import Corpus, CorpusData
     from pathcli.store import Store
     from pathcli.types import Encoder, Progress, Sample
+    from pathcli.vlm.tokens import TokenCache
 
     Started = Callable[[str], Progress]
 
@@ -104,14 +104,11 @@ class GenerateTask:
         if not len(corpus.train):
             msg = "there is no sample to train on"
             raise DataError(msg)
-        if self.cache.tokens == "off":
-            self._shape = ready(self.encoder, pick_device(device)).row_shape
-            return
-        self.chat.stop(self.language.tokenizer)  # what is missing is said before hours of encoding
-        refs = [ref for side in (corpus.train, corpus.val) for s in side for ref in s.images]
-        self._tokens = TokenCache(refs, self.encoder, store, self.cache, device)
-        self._tokens.fill(progress("image tokens"))
-        self._shape = self._tokens.row_shape
+        if self.cache.tokens != "off":  # what is missing is said before hours of encoding
+            self.chat.stop(self.language.tokenizer)
+        self._tokens, self._shape = prepared(
+            corpus, self.encoder, store, self.cache, device=device, progress=progress
+        )
 
     def begin(self, seed: int) -> Work:
         """Return one seed's run, with modules of its own.

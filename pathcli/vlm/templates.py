@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from pathcli.errors import DataError, ResourceError, UsageError
+from pathcli.errors import DataError, UsageError
 from pathcli.registry import did_you_mean
 from pathcli.weights import asset
-from pathcli.yaml12 import parse_yaml
+from pathcli.yaml12 import read_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,15 +106,8 @@ def _yaml(folder: str, name: str, known: Sequence[str]) -> tuple[Path, dict[str,
         hint = did_you_mean(name, list(known))
         msg = f"no file of assets/{folder} is called {name!r} (your own ends in .yaml): {hint}"
         raise UsageError(msg)
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        msg = f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
-        raise ResourceError(msg) from error
-    if not isinstance(values, dict):
-        msg = f"{path}: must be a mapping (the files of assets/{folder} show the form)"
-        raise DataError(msg)
-    return path, values
+    form = f"must be a mapping (the files of assets/{folder} show the form)"
+    return path, read_mapping(path, form)
 
 
 _ADAPTER: TypeAdapter[Template] = TypeAdapter(Template)

@@ -11,17 +11,21 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
+from pathcli.device import pick_device
 from pathcli.encoders.augment import Augment
 from pathcli.errors import UsageError
+from pathcli.vlm.tokens import TokenCache
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from pathcli.data.corpus import Corpus
     from pathcli.data.pairs import Pictures
-    from pathcli.types import ByteArray, Encoder, Sample
-    from pathcli.vlm.tokens import TokenCache
+    from pathcli.store import Store
+    from pathcli.types import ByteArray, Encoder, Progress, Sample
+    from pathcli.vlm.tokens import CacheSettings
 
 
 class Cutter(Protocol):
@@ -119,6 +123,32 @@ def ready(encoder: Encoder, device: str | torch.device) -> Encoder:
         encoder.load(str(place))
         _loaded[encoder] = place
     return encoder
+
+
+def prepared(
+    corpus: Corpus,
+    encoder: Encoder,
+    store: Store,
+    settings: CacheSettings,
+    *,
+    device: str,
+    progress: Callable[[str], Progress],
+) -> tuple[TokenCache | None, tuple[int, ...]]:
+    """Return the store's tokens of a corpus, if they are kept, and the shape (t, d) of an image's.
+
+    Tokens that are missing are made now; without them the encoder is loaded, to be used later.
+
+    Raises:
+        UsageError: the encoder gives one vector an image.
+        DataError: not one image can be read.
+        ResourceError: weights or space are missing.
+    """
+    if settings.tokens == "off":
+        return None, ready(encoder, pick_device(device)).row_shape
+    refs = [ref for side in (corpus.train, corpus.val) for s in side for ref in s.images]
+    tokens = TokenCache(refs, encoder, store, settings, device)
+    tokens.fill(progress("image tokens"))
+    return tokens, tokens.row_shape
 
 
 def see(encoder: Encoder, batch: Mapping[str, Any]) -> torch.Tensor:
