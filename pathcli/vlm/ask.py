@@ -48,8 +48,8 @@ def ask(
 
     Raises:
         UsageError: nothing is asked, or the run is of another task.
-        DataError: an image cannot be read.
-        ResourceError: an image, a run or weights are not here.
+        DataError: an image is not there, or cannot be read.
+        ResourceError: a run or weights are not here.
     """
     if not images or not question.strip():
         msg = "ask takes an image and a question: pathcli ask img.png 'what tissue?'"
