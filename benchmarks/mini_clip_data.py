@@ -34,8 +34,9 @@ from lung_split import split_groups
 from numpy.typing import NDArray
 from PIL import Image
 
+from pathcli.cards import Wheel
 from pathcli.slides import open_slide
-from pathcli.weights import Wheel, fetch
+from pathcli.weights import fetch
 
 PX = 224  # of an image
 QUALITY = 75  # JPEG, as the lung patches have, so that the kind of file tells nothing
@@ -45,7 +46,7 @@ FRAMES = 3  # taken of a stack
 MOST = 24  # crops of a picture
 SYNTHETIC = {"noise": "train", "flat": "train", "clouds": "train", "ramp": "val", "letters": "val"}
 EACH = 8  # images of a synthetic kind
-OTHER = "other"
+OTHER, BSD = "other", "BSD-3-Clause"
 GREY, BLUE, GREEN, RED = (1.0, 1.0, 1.0), (0.15, 0.3, 1.0), (0.2, 1.0, 0.2), (1.0, 0.15, 0.1)
 
 Pixels = NDArray[np.uint8]
@@ -60,7 +61,6 @@ class Origin(NamedTuple):
 
 
 CC0, PUBLIC, FREE, CC_BY = "CC0-1.0", "public domain", "no known copyright", "CC-BY-2.0"
-BSD = "BSD-3-Clause"
 SKIMAGE = Origin("scikit-image==0.26.0", "skimage/data", BSD)
 STARDIST = Origin("stardist==0.9.2", "stardist/data/images", BSD)
 TIATOOLBOX = Origin("tiatoolbox==2.1.3", "tiatoolbox/data", BSD)

@@ -239,8 +239,13 @@ def train(
     ]
 
 
+_TRIED = 4
+
+
 def try_batch(recipe: Recipe, *, store: Store | None = None) -> dict[str, Any]:
     """Read the data of a recipe's first seed and take one loss on the CPU; return what was seen.
+
+    The loss is of a batch of at most 4 rows, however large the recipe's is.
 
     Raises:
         PathcliError: as `train` does.
@@ -249,7 +254,8 @@ def try_batch(recipe: Recipe, *, store: Store | None = None) -> dict[str, Any]:
     task.prepare(store or Store(), device="cpu", progress=lambda _: silent)
     set_seed(task.train.seeds[0])
     work: Work = task.begin(task.train.seeds[0])
-    piece, *_ = Batches(work.examples, work.collate, task.train)[0, 0]
+    few = replace(task.train, batch=min(_TRIED, task.train.batch))
+    piece, *_ = Batches(work.examples, work.collate, few)[0, 0]
     work.module.train()
     loss = work.module.loss(piece)  # type: ignore[operator]
     weights = sum(p.numel() for p in work.module.parameters() if p.requires_grad)
@@ -258,10 +264,11 @@ def try_batch(recipe: Recipe, *, store: Store | None = None) -> dict[str, Any]:
     return seen | {"warnings": "; ".join(work.facts.get("warnings", ()))}
 
 
-def sample_view(recipe: Recipe, *, store: Store | None = None) -> list[tuple[str, str]]:
+def sample_view(recipe: Recipe) -> list[tuple[str, str]]:
     """Return one training sample of a recipe's first seed as pieces of text, each with its role.
 
-    Roles are `read`, `learnt` and `image`; `counts`, the last, sums up.
+    Roles are `read`, `learnt` and `image`; `counts`, the last, sums up. Nothing is trained,
+    and nothing goes into a store.
 
     Raises:
         UsageError: the recipe's task learns no words.
@@ -271,7 +278,6 @@ def sample_view(recipe: Recipe, *, store: Store | None = None) -> list[tuple[str
     if not hasattr(task, "sample_view"):
         msg = f"recipe {recipe.name}: task {recipe.task} learns no words, so it has none to show"
         raise UsageError(msg)
-    task.prepare(store or Store(), device="cpu", progress=lambda _: silent)
     return list(task.sample_view(task.train.seeds[0]))
 
 
@@ -291,8 +297,8 @@ def _train_one(
     if (folder / "report.json").is_file():
         there = read_run(folder)
         if there.provenance["data"] != work.identity:
-            msg = f"{folder} was trained on other labels, splits or features; give another --out"
-            raise UsageError(msg)
+            msg = f"{folder} was trained on other labels, splits or features, or began with other "
+            raise UsageError(msg + "weights; give another --out")
         if not processes.rank():
             log.info("%s: is there already", folder)
         return there

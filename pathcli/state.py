@@ -20,18 +20,26 @@ if TYPE_CHECKING:
 def trainable_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return what training changes: parameters with a gradient, and buffers beside them.
 
-    Weights that processes share out are whole again in each of them, which all have to ask.
+    It is on the CPU. Weights that processes share out are whole again in the first of them and
+    left out in the others, but all have to ask. The peak: in the first process all trained
+    weights on the CPU, in every process one whole weight beside its own part on the device.
     """
-    state = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return {  # contiguous, as safetensors wants it
+        name: value.clone(memory_format=torch.contiguous_format)
+        for name, value in _gathered(_trainable(module))
+    }
+
+
+def _trainable(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = {
+        name: p for name, p in module.named_parameters() if p.requires_grad
+    }
     kept = set(module.state_dict())
     for prefix, part in module.named_modules():
         if any(p.requires_grad for p in part.parameters(recurse=False)):
             beside = part.named_buffers(prefix, recurse=False)
             state.update({name: buffer for name, buffer in beside if name in kept})
-    return {  # contiguous, as safetensors wants it
-        name: _whole(value.detach()).cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in state.items()
-    }
+    return state
 
 
 def load_trainable(module: torch.nn.Module, path: Path) -> None:
@@ -53,37 +61,66 @@ def load_trainable(module: torch.nn.Module, path: Path) -> None:
 
 
 def fill(module: torch.nn.Module, saved: Mapping[str, torch.Tensor], source: str) -> None:
-    """Put trainable weights into a module; DataError when they are of another one."""
-    wanted = trainable_state(module)
-    shapes = {name: tuple(value.shape) for name, value in saved.items()}
-    if shapes != {name: tuple(value.shape) for name, value in wanted.items()}:
-        differ = sorted(set(shapes) ^ set(wanted)) or sorted(
-            name for name in shapes if shapes[name] != tuple(wanted[name].shape)
-        )
+    """Put trainable weights into a module; DataError when they are of another one.
+
+    Of weights that processes share out the first one's count, and the others need none of them.
+    """
+    wanted = _trainable(module)
+    given = {name for name, value in wanted.items() if name in saved or _elsewhere(value)}
+    differ = sorted({*saved, *given} ^ set(wanted)) or sorted(
+        name for name, value in saved.items() if value.shape != wanted[name].shape
+    )
+    if differ:
         msg = f"{source}: weights of another module (first difference: {differ[0]})"
         raise DataError(msg)
     here = module.state_dict()
-    module.load_state_dict({n: _like(value, here[n]) for n, value in saved.items()}, strict=False)
+    parts = {name: _like(saved.get(name), here[name]) for name in wanted}
+    module.load_state_dict(parts, strict=False)
 
 
-def _whole(value: Any) -> Any:  # noqa: ANN401 - an optimiser keeps numbers too
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+def _gathered(values: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield values with their names, tensors whole and on the CPU.
+
+    What processes share out is gathered one tensor after the other, and comes in the first
+    process alone.
+    """
+    for name, value in values.items():
+        whole: Any = value.detach() if isinstance(value, torch.Tensor) else value
+        if hasattr(value, "full_tensor"):
+            whole = whole.full_tensor()
+        if not _elsewhere(value):
+            yield name, whole.cpu() if isinstance(value, torch.Tensor) else whole
 
 
-def _like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return a whole tensor, or this process's part of it where the target is shared out."""
+def _elsewhere(value: Any) -> bool:  # noqa: ANN401 - an optimiser keeps numbers too
+    """Tell whether a value is shared out, and kept whole by another process."""
+    return hasattr(value, "full_tensor") and bool(value.device_mesh.get_rank())
+
+
+def _like(value: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor:
+    """Return a whole tensor, or the first process's part of it for this one if it is shared out."""
     if not hasattr(target, "full_tensor"):
+        assert value is not None, "what is not shared out is everywhere"  # noqa: S101
         return value
     from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - not in every PyTorch
 
-    value = value.to(target.device)
-    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    whole = torch.empty(target.shape) if value is None else value
+    whole = whole.to(target.device, target.dtype)
+    return distribute_tensor(whole, target.device_mesh, target.placements)  # type: ignore[attr-defined]
+
+
+def kept_here(
+    module: torch.nn.Module, saved: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return what of a whole `trainable_state` this process would have got itself."""
+    wanted = _trainable(module)
+    return {name: value for name, value in saved.items() if not _elsewhere(wanted[name])}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return an optimiser's state with whole tensors; all processes have to ask."""
+    """Return an optimiser's state, whole and on the CPU as `trainable_state`; all have to ask."""
     state: dict[str, Any] = optimizer.state_dict()
-    whole = {i: {k: _whole(v) for k, v in kept.items()} for i, kept in state["state"].items()}
+    whole = {i: dict(_gathered(kept)) for i, kept in state["state"].items()}
     return {**state, "state": whole}
 
 
@@ -132,8 +169,8 @@ class Average:
             self.means[name].copy_(kept)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the means, whole, on the CPU; all processes have to ask."""
-        return {name: _whole(value).cpu() for name, value in self.means.items()}
+        """Return the means, whole and on the CPU as `trainable_state`; all have to ask."""
+        return dict(_gathered(self.means))
 
     def fill(self, saved: Mapping[str, torch.Tensor]) -> None:
         """Put back what `state` returned."""

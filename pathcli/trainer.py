@@ -39,6 +39,7 @@ from pathcli.state import (
     Average,
     fill,
     fill_optimizer,
+    kept_here,
     optimizer_state,
     random_state,
     set_random_state,
@@ -64,7 +65,7 @@ SAVING_SECONDS = 3.0  # what takes longer to save is saved less often, by as muc
 class Work:
     """What one run trains: the module, its examples, and what is validated on.
 
-    `identity` names the data: a stopped run goes on with the same data only.
+    `identity` names the data and what training begins with: a stopped run goes on with no other.
 
     `module.loss(batch)` is called with `collate` of a list of examples, in which tensors (in
     lists, tuples and dictionaries) have come to the device. All that `collate` draws comes
@@ -310,7 +311,10 @@ class Loop:
             self.saving = self.saved - began
 
     def save_state(self) -> None:
-        """Write everything that `_resume` needs; all processes have to call it."""
+        """Write everything that `_resume` needs; all processes have to call it.
+
+        The first holds it twice, as tensors on the CPU and as bytes; see `trainable_state`.
+        """
         scaler = self.accelerator.scaler
         state = {
             "identity": self.work.identity,
@@ -346,14 +350,11 @@ class Loop:
 
     def _restore(self, state: dict[str, Any], source: str) -> None:
         if state["identity"] != self.work.identity:
-            msg = f"{source}: labels, splits or features have changed since; give another --out"
-            raise DataError(msg)
+            msg = f"{source}: labels, splits or features have changed since, or the weights that "
+            raise DataError(msg + "training begins with; give another --out")
         if state["updates"] != self.updates:
-            msg = (
-                f"{source}: an epoch had {state['updates']} steps in as many processes as there "
-                f"were, and has {self.updates} now; start as many as before"
-            )
-            raise DataError(msg)
+            msg = f"{source}: an epoch had {state['updates']} steps in as many processes as there "
+            raise DataError(msg + f"were, and has {self.updates} now; start as many as before")
         fill(self.work.module, state["module"], source)
         fill_optimizer(self.optimizer, state["optimizer"])
         if self.average:
@@ -362,6 +363,7 @@ class Loop:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for name in _KEPT:
             setattr(self, name, state[name])
+        self.best_state = kept_here(self.work.module, self.best_state)
         self.lines = json.loads(state["lines"])
         rank, totals = processes.rank(), state["totals"]
         alike = len(totals) == processes.ranks()

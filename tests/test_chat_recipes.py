@@ -107,13 +107,10 @@ class Teller:
     """A task that learns words."""
 
     def __init__(self, *, train: Seeds, chat: Chat) -> None:
-        self.train, self.chat, self.ready = train, chat, False
-
-    def prepare(self, *_: Any, **__: Any) -> None:
-        self.ready = True
+        self.train, self.chat = train, chat
 
     def sample_view(self, seed: int) -> list[tuple[str, str]]:
-        assert (self.ready, seed) == (True, 3)
+        assert seed == 3
         return [("read", "Q\n"), ("image", "<image: 4 tokens>"), ("learnt", " yes</s>"),
                 ("counts", "9 tokens")]  # fmt: skip
 

@@ -23,6 +23,7 @@ from pathcli import processes, registry, trainer
 from pathcli.errors import DataError, UsageError
 from pathcli.objectives import contrastive
 from pathcli.settings import TrainSettings
+from pathcli.state import optimizer_state, trainable_state
 from pathcli.trainer import Loop, Work
 
 TINY = {"epochs": 3, "batch": 6, "lr": 0.02, "choose": "score", "seed": 3}
@@ -113,6 +114,22 @@ def local(value: torch.Tensor) -> torch.Tensor:
     return value.to_local() if hasattr(value, "to_local") else value
 
 
+def check_kept(made: Loop) -> None:
+    """Of weights that are shared out the first process keeps all when they are saved, alone."""
+    apart = made.settings.shard == "full" and processes.rank() > 0
+    known = dict(made.work.module.named_parameters())
+    names = {"scale"} if apart else set(known)
+    weights = trainable_state(made.work.module)
+    assert set(weights) == set(made.best_state) == names, (set(weights), set(made.best_state))
+    assert {weights[name].shape for name in names} == {known[name].shape for name in names}
+    state = optimizer_state(made.optimizer)["state"]
+    kept = [value for moments in state.values() for value in moments.values()]
+    held = sum(value.numel() for value in kept if value.ndim)
+    assert held == 0 if apart else held >= 2 * 82, held  # of 82 in layers that are used
+    for value in [*weights.values(), *kept]:
+        assert (value.device.type, hasattr(value, "full_tensor")) == ("cpu", False)
+
+
 def main() -> None:
     """Train every case, whole and with a stop; then a recipe by the command."""
     from pathcli.cli import main as command
@@ -134,6 +151,7 @@ def main() -> None:
         held = sum(value.numel() for value in map(local, made.inside.parameters()))
         halves = (52, 38)[processes.rank()]  # of 88, rows of a weight together, and the scalar
         assert held == (halves if name.startswith("shared") else 89), held
+        check_kept(made)
         concluded = made.conclude()
         if not processes.rank():
             (made.folder / "concluded.json").write_text(json.dumps(concluded))
@@ -141,7 +159,7 @@ def main() -> None:
         for state in ("stopped", "unfinished"):
             assert not loop(name, Path(state) / name).run(quiet, stop_after=stop)
         torch.rand(3)
-        finish(name, Path("stopped") / name)
+        check_kept(finish(name, Path("stopped") / name))
     Path("mine.yaml").write_text(RECIPE)
     command(["train", "--recipe", "mine.yaml", "--device", "cpu", "--json"])
 

@@ -332,9 +332,9 @@ class Given:
     def ask(self, samples: list[Sample], rng: np.random.Generator) -> dict[str, Any]:
         return self(samples, rng)
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> Any:
+    def learnt(self, sample: Sample, rng: np.random.Generator) -> Sample:
         del rng
-        return type("Shown", (), {"sample": sample})
+        return sample
 
 
 def test_validation_is_what_was_worked_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

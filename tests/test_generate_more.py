@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
 from test_align import Patches
-from test_generate import ANSWERS, ASKED, chat, folder, llama, said, samples, t5, task
+from test_generate import ANSWERS, ASKED, chat, folder, llama, said, samples, t5, task, trained
 
 from pathcli.batches import Batches
 from pathcli.data.corpus import Corpus
@@ -20,7 +23,11 @@ from pathcli.data.instructions import InstructionData
 from pathcli.encoders.augment import Augment
 from pathcli.errors import DataError, UsageError
 from pathcli.store import Store
+from pathcli.trainer import Loop
 from pathcli.types import Sample
+from pathcli.vlm import generate
+from pathcli.vlm.connectors import Mlp
+from pathcli.vlm.generate import GenerateTask
 from pathcli.vlm.language import HFLanguage
 from pathcli.vlm.start import Start
 from pathcli.vlm.tokens import CacheSettings
@@ -65,6 +72,92 @@ def test_a_broken_image_is_replaced_in_training_and_an_error_when_asked(
     assert 0 <= work.validate()["exact_match"] <= 1
 
 
+# --- samples that cannot be told ---------------------------------------------------------
+
+
+def crowded(samples: list[Sample]) -> Sample:
+    """A sample of ten images, for whose tokens a limit of 32 has no room."""
+    return Sample("crowded", samples[0].images * 10, "no", (ASKED,))
+
+
+def short(llama: str, samples: list[Sample], store: Store, **given: Any) -> Any:
+    """A task with room for 32 tokens, four of them an image's, and these samples on both sides."""
+    data = InstructionData(source=Path("none"), max_broken=given.pop("max_broken", 0.5))
+    data.corpus = lambda: Corpus(samples, samples[:], "abc")  # type: ignore[method-assign]
+    return task(llama, Corpus([], [], ""), store, data=data, chat=chat(llama, limit=32), **given)
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("kind", ["too long", "nothing to learn"])
+def test_for_a_sample_that_cannot_be_told_another_stands_in(
+    kind: str, llama: str, samples: list[Sample], store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = crowded(samples) if kind == "too long" else replace(samples[0], name="mute", answer=" ")
+    made = short(llama, [*samples, bad], store, train={"choose": "exact_match"})
+    work = made.begin(1)
+    with caplog.at_level("WARNING", "pathcli"):
+        batch = work.collate([bad], np.random.default_rng(0))
+    assert f"cannot be told, another sample is used instead: {bad.name}: " in caplog.text
+    alone = [work.collate([s], np.random.default_rng(0)) for s in samples]
+    assert sum(same(batch, one) for one in alone) == 1
+    again = made.begin(1).collate  # as a resumed run has it, whatever came before
+    again([samples[1]], np.random.default_rng(0))
+    assert same(again([bad], np.random.default_rng(0)), batch)
+    assert np.isfinite(work.validate()["loss"])
+    assert any("1 of 5 samples looked at cannot be told" in text for text in work.facts["warnings"])
+
+
+def test_stand_ins_are_counted_and_said_at_the_end(
+    llama: str, samples: list[Sample], store: Store, tmp_path: Path
+) -> None:
+    rows = [*samples, crowded(samples)]
+    for workers in (0, 1):  # a worker counts, too
+        made = short(llama, rows, store, train={"epochs": 3, "batch": 5, "workers": workers})
+        work, loop = trained(made, tmp_path / str(workers))
+        found = loop.conclude()
+        assert found["stood in for"] == 3
+        assert found["warnings"][:-1] == work.facts["warnings"]
+        assert found["warnings"][-1].startswith("3 of 18 samples could not be told, and others")
+    assert (tmp_path / "0" / "weights.safetensors").read_bytes() == (
+        tmp_path / "1" / "weights.safetensors"
+    ).read_bytes()
+    made = short(llama, samples, store)
+    assert trained(made, tmp_path / "none")[1].conclude() == {"stood in for": 0}
+
+
+def test_a_run_stopped_amid_stand_ins_ends_with_the_same_weights(
+    llama: str, samples: list[Sample], store: Store, tmp_path: Path
+) -> None:
+    rows, train = [*samples, crowded(samples)], {"epochs": 3, "batch": 2}
+    trained(short(llama, rows, store, train=train), tmp_path / "whole")
+    made = short(llama, rows, store, train=train)
+    set_seed(1)
+    loop = Loop(made.begin(1), made.train, tmp_path / "stopped", "cpu")
+    assert not loop.run(lambda done, total: None, stop_after=4)
+    trained(made, tmp_path / "stopped")
+    files = [tmp_path / name / "weights.safetensors" for name in ("whole", "stopped")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_too_many_samples_that_cannot_be_told_are_one_clear_error(
+    llama: str, samples: list[Sample], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*samples, crowded(samples)]
+    said = (
+        r"^crowded: 40 visual tokens leave no room for words; raise chat\.limit; 1 of \d samples "
+        r"cannot be told, more than data\.max_broken=0\.1; raise chat\.limit, mend the data, or "
+    )
+    with pytest.raises(DataError, match=said):  # when samples are looked at
+        short(llama, rows, store, max_broken=0.1).begin(1)
+    monkeypatch.setattr(generate, "LOOKED", 1)
+    work = short(llama, rows, store, max_broken=0.1).begin(1)
+    with pytest.raises(DataError, match=said):  # when a batch is made
+        work.collate(rows, np.random.default_rng(0))
+
+
 def test_images_change_in_training_and_never_in_validation(
     llama: str, samples: list[Sample], store: Store
 ) -> None:
@@ -100,6 +193,36 @@ def test_a_sample_is_shown_in_pieces_without_any_weights(
     assert pieces[1][1] == f"{ASKED}</s>"
     assert pieces[2][1] == "red cells</s>"
     assert "4 of images" in pieces[-1][1]
+
+
+class Unseen(Patches):
+    """An encoder whose tokens are known by its name, and which may not be loaded."""
+
+    name = "lite0"
+
+    def load(self, device: str) -> None:
+        raise AssertionError(device)
+
+    def __getattribute__(self, name: str) -> Any:
+        assert name not in {"row_shape", "id", "encode", "input_px"}, name
+        return super().__getattribute__(name)
+
+
+def test_to_show_a_sample_nothing_is_encoded_and_nothing_stored(
+    llama: str, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GenerateTask, "prepare", lambda self, store, **given: None)
+    cache = CacheSettings(tokens="float16")
+    corpus, store = Corpus(samples[:1], [], "abc"), Store(tmp_path / "store")
+    made = task(llama, corpus, store, encoder=Unseen(), cache=cache)
+    assert ("image", "<image: 49 tokens>") in made.sample_view(1)
+    Patches.loads = 0
+    other = Patches()
+    other.row_shape = ()  # type: ignore[misc]
+    monkeypatch.setattr(Patches, "load", lambda self, device: setattr(self, "row_shape", (2, 3)))
+    made = task(llama, corpus, store, encoder=other, cache=cache)
+    assert ("image", "<image: 2 tokens>") in made.sample_view(1)  # not known otherwise
+    assert not list((tmp_path / "store").rglob("*.h5"))
 
 
 def test_facts_count_samples_tokens_and_what_is_cut(
@@ -139,8 +262,22 @@ def test_samples_of_one_length_come_together(
     assert task(llama, Corpus(many, [], "abc"), store).begin(1).lengths is None
 
 
-def test_identity_changes_with_data_encoder_and_start(
-    llama: str, samples: list[Sample], store: Store, monkeypatch: pytest.MonkeyPatch
+class Given(Mlp):
+    """A connector that begins with weights of a file."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__(dim_in, dim_out, frame="centre")
+
+    def start(self) -> dict[str, Any]:
+        return {"kind": "given", "init": "somewhere", "init_sha256": "abc"}
+
+
+def test_identity_changes_with_data_and_with_whatever_training_begins_from(
+    llama: str,
+    samples: list[Sample],
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     corpus = Corpus(samples, [], "abc")
     first = task(llama, corpus, store).begin(1).identity
@@ -150,9 +287,15 @@ def test_identity_changes_with_data_encoder_and_start(
     encoder = Patches()
     encoder.id = "patches-1"
     found["encoder"] = task(llama, corpus, store, encoder=encoder).begin(1).identity
+    other = Path(shutil.copytree(llama, tmp_path / "other"))
+    assert task(str(other), corpus, store).begin(1).identity == first  # the same, elsewhere
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, other / "model.safetensors")
+    found["language"] = task(str(other), corpus, store).begin(1).identity
+    found["connector"] = task(llama, corpus, store, connector=partial(Given)).begin(1).identity
     monkeypatch.setattr(Start, "fill", lambda self, module, prefixes: {"weights": "of a run"})
     found["start"] = task(llama, corpus, store).begin(1).identity
-    assert len({first, *found.values()}) == 5
+    assert len({first, *found.values()}) == 7
 
 
 # --- tokens of the store -----------------------------------------------------------------

@@ -10,6 +10,7 @@ from tiny_encoders import LIMIT, TEXTS, TINY, clip_folder, loaded, open_clip_fil
 
 from pathcli.encoders import build_encoder
 from pathcli.errors import DataError, ResourceError, UsageError
+from pathcli.registry import resolve
 
 
 @pytest.fixture
@@ -23,6 +24,7 @@ def images(rng: np.random.Generator) -> Any:
     ("name", "command"),
     [
         ("plip", "hf download vinid/plip and"),
+        ("pathgen-clip-l-hf", "hf download jamessyx/pathgenclip-vit-large-patch14-hf and"),
         (
             "quilt-net",
             "hf download wisdomik/QuiltNet-B-32 open_clip_config.json open_clip_pytorch_model.bin",
@@ -49,6 +51,30 @@ def test_the_names_stand_for_what_their_authors_published() -> None:
     }
     assert found["uni"].preprocess.mean == (0.485, 0.456, 0.406)  # type: ignore[attr-defined]
     assert found["conch"].preprocess.mean[0] == pytest.approx(0.48145466)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("name", "side"), [("pathgen-clip-l-hf", 336), ("plip", 224)])
+def test_a_published_folder_is_fetched_when_it_is_needed_and_not_before(
+    name: str, side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    folder = clip_folder(tmp_path / "clip")
+
+    def fetched(what: str) -> Path:
+        asked.append(what)
+        return folder
+
+    monkeypatch.setattr("pathcli.encoders.hf.fetch", fetched)
+    kind = resolve("encoder", name)
+    encoder = kind(tokens=True, layer=-2)
+    assert (encoder.name, encoder.native.size_px, encoder.layer) == (name, side, -2)
+    assert not asked
+    with pytest.raises(UsageError, match="layers are counted from the last"):
+        kind(tokens=True, layer=3)
+    assert not asked
+    assert (encoder.input_px, encoder.text_limit) == (64, LIMIT)
+    assert encoder.id.startswith(f"{name}-")
+    assert asked == [name]
 
 
 # --- plip --------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ import torch
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
 
-from pathcli.errors import DataError, ResourceError
+from pathcli import registry
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.vlm.start import Start
+from pathcli.weights import sha256
 
 PARTS = ("connector.", "language.")
 
@@ -74,8 +76,9 @@ def test_named_parts_are_taken_and_all_else_stays(tmp_path: Path) -> None:
     counted = {"taken": 4, "left": 1, "fresh": 2}  # query, language.1; the text; the projection
     assert facts | counted == facts
     assert facts["recipe"] == "clover-stage1"
-    assert facts["run"] == str(run)
-    assert len(facts["weights"]) == 64
+    assert facts["weights"] == sha256(run / WEIGHTS)
+    moved = run.rename(tmp_path / "moved")
+    assert Start(run=moved).fill(Stage(new=True), PARTS) == facts  # known by digest, not by path
 
 
 def test_other_sizes_are_refused_by_name_and_nothing_is_taken(tmp_path: Path) -> None:
@@ -131,3 +134,67 @@ def test_a_model_trained_whole_goes_below_the_adapters_of_the_next_stage(tmp_pat
     facts = Start(run=run).fill(module, PARTS)
     assert (facts["left"], facts["fresh"]) == (0, 2)
     assert torch.equal(module.language[1].base_layer.weight, weights["language.1.weight"])
+
+
+# --- the encoder of both stages ----------------------------------------------------------
+
+
+class Eye:
+    """An encoder that is known by its file, its layer and its precision."""
+
+    def __init__(self, *, checkpoint: str, layer: int = -1, precision: str = "float32") -> None:
+        self.checkpoint, self.layer, self.precision = Path(checkpoint), layer, precision
+
+    @property
+    def id(self) -> str:
+        if not self.checkpoint.is_file():
+            msg = f"{self.checkpoint}: no such checkpoint"
+            raise ResourceError(msg)
+        return f"eye-{self.checkpoint.read_text()}-{self.layer}-{self.precision}"
+
+
+@pytest.fixture
+def eyes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with three encoders' files, two of which have the same weights."""
+    monkeypatch.setitem(registry.BUILTIN["encoder"], "eye", f"{__name__}:Eye")
+    for name, weights in (("a", "abc"), ("copy", "abc"), ("b", "bcd")):
+        (tmp_path / name).write_text(weights)
+    return tmp_path
+
+
+def seen(folder: Path, facts: dict[str, Any], **section: Any) -> Start:
+    """Return a start from a run that was trained behind an encoder."""
+    run = finished(folder / "run", saved())
+    named = json.dumps({"kind": "eye", **section})
+    with (run / "recipe.yaml").open("a") as file:
+        file.write(f"encoder: {named}\n")
+    report = {"metrics": {}, "provenance": {"recipe": "clover-stage1", "facts": facts}}
+    (run / "report.json").write_text(json.dumps(report))
+    return Start(run=run)
+
+
+@pytest.mark.parametrize("facts", [{"encoder": "X"}, {"model": {"encoder": "X"}}, {}])
+def test_another_encoder_than_the_former_stages_is_refused(
+    facts: dict[str, Any], eyes: Path
+) -> None:
+    first = Eye(checkpoint=str(eyes / "a"), layer=-2)
+    facts = json.loads(json.dumps(facts).replace("X", first.id))
+    start = seen(eyes, facts, checkpoint=str(eyes / "a"), layer=-2, precision="float32")
+    start.refuse_another(first)
+    start.refuse_another(Eye(checkpoint=str(eyes / "copy"), layer=-2))
+    start.refuse_another(Eye(checkpoint=str(eyes / "a"), layer=-2, precision="float16"))
+    for name, layer in (("b", -2), ("a", -1)):
+        other = Eye(checkpoint=str(eyes / name), layer=layer)
+        with pytest.raises(UsageError) as told:
+            start.refuse_another(other)
+        assert f"kind: eye, checkpoint: {eyes / 'a'}, layer: -2" in str(told.value)
+        assert f"this stage has {other.id} (layer {layer})" in str(told.value)
+        assert ("eye-abc--2-float32 {" in str(told.value)) == bool(facts)
+
+
+def test_an_encoder_whose_file_has_moved_is_known_by_what_was_noted(eyes: Path) -> None:
+    start = seen(eyes, {"encoder": "eye-abc--1-float32"}, checkpoint=str(eyes / "gone"))
+    start.refuse_another(Eye(checkpoint=str(eyes / "a")))
+    with pytest.raises(UsageError, match="was trained behind the encoder eye-abc--1-float32"):
+        start.refuse_another(Eye(checkpoint=str(eyes / "b")))
+    Start().refuse_another(Eye(checkpoint="none"))

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from test_image_text_recipes import TASKS as IMAGE_TEXT_TASKS
 from tiny_vlm import WIDTH, WORDS
 
-from pathcli.errors import DataError
+from pathcli.errors import DataError, UsageError
 from pathcli.recipe import Recipe, build, check_recipe, list_recipes, load_recipe, resolve_recipe
 from pathcli.runs import Run, train
 from pathcli.store import Store
 from pathcli.types import Progress, silent
 from pathcli.vlm.model import NOT_LEARNT
-from pathcli.weights import find
+from pathcli.weights import find, sha256
 
 TASKS = {"align", "generate"}
 SHIPPED = [r.name for r in list_recipes() if r.task in TASKS]
@@ -225,12 +225,14 @@ def test_what_is_missing_is_said_in_one_line(run: Call) -> None:
 def test_a_model_that_is_not_here_is_met_with_its_command(
     card: str,
     command: str,
+    stages: Stages,
     models: Path,
     data: Path,
     run: Call,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    before = stages.run("clover-stage1").folder
     hub = tmp_path / "hub"
     hub.mkdir()
     for model in (models / "hub").iterdir():
@@ -238,7 +240,7 @@ def test_a_model_that_is_not_here_is_met_with_its_command(
             (hub / model.name).symlink_to(model)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
     given = {f"connector.{key}": value for key, value in SIZES["clover"].items()}
-    given |= {"data.source": data / "questions.json", "start.run": "runs/clover-stage1/seed-42"}
+    given |= {"data.source": data / "questions.json", "start.run": before}
     sets = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
     code, _, err = run("train", "--recipe", "clover-stage2", *sets, "--device", "cpu")
     (line,) = (line for line in err.splitlines() if "hf download" in line)
@@ -326,7 +328,13 @@ def test_the_next_stage_starts_from_the_run_of_the_former(
     assert all(re.search(r"\.(words|places)\.", key) for key in left), left
     facts = stages.run(name).facts["start"]
     assert (facts["recipe"], facts["taken"], facts["left"]) == (before, len(taken), len(left))
-    assert facts["run"] == str(former.folder)
+    assert facts["weights"] == sha256(former.folder / "weights.safetensors")
+
+
+def test_a_stage_behind_another_layer_is_refused(stages: Stages, tmp_path: Path) -> None:
+    made = stages.recipe("pathgen-llava-stage2").with_values(**{"encoder.layer": -1})
+    with pytest.raises(UsageError, match=r"layer: -2.*, and this stage has .* \(layer -1\)"):
+        stages.train(made, tmp_path)
 
 
 # --- what is saved -----------------------------------------------------------------------
@@ -376,9 +384,6 @@ def test_the_file_of_weights_has_what_was_trained_and_nothing_else(
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     assert size(run.folder / "weights.safetensors") == 4 * count
     assert run.facts["language"]["trained"] == sum(int(np.prod(x)) for x in language.values())
-
-
-# --- nothing to learn --------------------------------------------------------------------
 
 
 def test_a_batch_in_which_nothing_is_learnt_is_an_error(stages: Stages, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from pathcli import weights
+from pathcli.cards import CARDS, Hub, Wheel
 from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.registry import names
-from pathcli.weights import CARDS, Hub, Wheel, fetch
+from pathcli.weights import fetch
 
 BODY = b"weights" * 100
 Run = Callable[..., tuple[int, str, str]]

@@ -16,10 +16,10 @@ from tiny_language import tiny_llama, tiny_t5
 from tiny_plip import WORDS, started
 from tiny_qformer import DIM, THEIRS, WIDTH, shaken
 
+from pathcli.cards import CARDS
 from pathcli.encoders.itc_itm import ItcItm
 from pathcli.state import trainable_state
 from pathcli.torchvision_guard import guard_torchvision
-from pathcli.weights import CARDS
 
 PLACES, SIDE = 512, 28
 COMMIT = "0" * 40

@@ -81,7 +81,8 @@ def _store(root: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a path or None
 
 
 def _weights() -> list[dict[str, Any]]:
-    from pathcli.weights import CARDS, find  # noqa: PLC0415
+    from pathcli.cards import CARDS  # noqa: PLC0415
+    from pathcli.weights import find  # noqa: PLC0415
 
     rows = []
     for name in CARDS:

@@ -103,7 +103,7 @@ def check(
         from pathcli import runs  # noqa: PLC0415
 
         if show_sample:
-            sample = runs.sample_view(recipe, store=o.open_store(store))
+            sample = runs.sample_view(recipe)
         if batch:
             tried = runs.try_batch(recipe, store=o.open_store(store))
     if json:

@@ -57,7 +57,8 @@ class InstructionData(SampleData):
             min_words: captions of fewer words are left out; answers to questions may be short.
             keep: columns and the values wanted of them, "*" for any that is not empty; every
                 source needs the column.
-            max_broken: share of images that may turn out broken; past it training stops.
+            max_broken: share of images that may turn out broken, and of samples that cannot be
+                told (chat.limit has no room for them, say); past it training stops.
             limit: use so many instructions only, the same ones each time.
             max_pixels: larger images are skipped where they are read (PA-LLaVA: 16777216).
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pathcli.cards import Hub
 from pathcli.encoders.preprocess import (
     OPENAI_MEAN,
     OPENAI_STD,
@@ -20,7 +21,7 @@ from pathcli.encoders.text import run_texts, scale_of
 from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.slides.tiling import tile_spec
 from pathcli.torchvision_guard import guard_torchvision
-from pathcli.weights import Hub, fetch, local, sha256
+from pathcli.weights import fetch, local, sha256
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,25 +91,52 @@ class HFClipEncoder:
         """
         self.folder = Path(model) if Path(model).is_dir() else fetch(Hub(model))
         self.name = "hf_clip" if Path(model).is_dir() else model.replace("/", "_")
+        self._keep(tokens, layer, precision)
+        self.native = tile_spec(self.input_px)
+
+    def _keep(self, tokens: bool, layer: int, precision: str) -> None:
         self.tokens, self.precision = tokens, precision
         self.layer = token_layer(layer, tokens=tokens)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder; of a published model it is fetched when it is first needed."""
+        return fetch(self.name)
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
         config = _read_json(self.folder / "config.json")
         kind = config.get("model_type")
         if kind != "clip":
             msg = f"{self.folder}: a {kind!r} model; only transformers' 'clip' is read here"
             raise DataError(msg)
+        return config
+
+    @cached_property
+    def preprocess(self) -> Preprocess:
+        """How images are prepared, as the folder says."""
+        _ = self._config  # what is no CLIP is refused first
         how = _preprocessing(self.folder)
-        self.input_px = _pixels(how.get("crop_size") or how.get("size") or 224)
-        self.preprocess = Preprocess(
-            self.input_px,
+        return Preprocess(
+            _pixels(how.get("crop_size") or how.get("size") or 224),
             tuple(how.get("image_mean") or OPENAI_MEAN),
             tuple(how.get("image_std") or OPENAI_STD),
             _RESAMPLE.get(how.get("resample", 3), "unknown"),
         )
-        self.native = tile_spec(self.input_px)
-        text = config.get("text_config") or {}
-        self.text_limit = int(text.get("max_position_embeddings", 77))
-        self._words = int(text.get("vocab_size", 49408))
+
+    @cached_property
+    def input_px(self) -> int:
+        """See `Encoder.input_px`."""
+        return self.preprocess.size
+
+    @cached_property
+    def text_limit(self) -> int:
+        """See `ImageTextEncoder.text_limit`."""
+        return int((self._config.get("text_config") or {}).get("max_position_embeddings", 77))
+
+    @property
+    def _words(self) -> int:
+        return int((self._config.get("text_config") or {}).get("vocab_size", 49408))
 
     @cached_property
     def id(self) -> str:
@@ -227,10 +255,13 @@ class PathGenClipLHF(HFClipEncoder):
     def __init__(
         self, *, tokens: bool = False, layer: int = -1, precision: str = "float32"
     ) -> None:
-        """Fetch the folder from the hub, or find it in the hub's cache."""
-        folder = str(fetch("pathgen-clip-l-hf"))
-        super().__init__(model=folder, tokens=tokens, layer=layer, precision=precision)
-        self.name = "pathgen-clip-l-hf"
+        """Know the model; its folder is fetched when it is first needed, by `load` at the latest.
+
+        Raises:
+            UsageError: no such layer.
+        """
+        self.name, self.native = "pathgen-clip-l-hf", tile_spec(336)
+        self._keep(tokens, layer, precision)
 
 
 class Plip(HFClipEncoder):
@@ -252,19 +283,23 @@ class Plip(HFClipEncoder):
         layer: int = -1,
         precision: str = "float32",
     ) -> None:
-        """Take the hub's folder, or one of one's own.
+        """Take a folder of one's own, or the hub's, which is fetched when it is first needed.
 
         Raises:
             UsageError: the checkpoint is a file.
-            DataError: not a CLIP folder.
-            ResourceError: neither here nor to be had from the hub.
+            DataError: it is no CLIP folder.
+            ResourceError: it is not here.
         """
-        folder = fetch("plip") if checkpoint is None else local(checkpoint)
+        self.name, self.native = "plip", tile_spec(224)
+        self._keep(tokens, layer, precision)
+        if checkpoint is None:
+            return
+        folder = local(checkpoint)
         if not folder.is_dir():
             msg = f"{folder}: plip needs the whole folder, with config.json beside the weights"
             raise UsageError(msg)
-        super().__init__(model=str(folder), tokens=tokens, layer=layer, precision=precision)
-        self.name = "plip"
+        self.folder = folder
+        self.native = tile_spec(self.input_px)
 
     def load(self, device: str) -> None:
         """See `Encoder.load`."""

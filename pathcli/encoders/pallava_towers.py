@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pathcli.cards import CARDS, Hub
 from pathcli.encoders.checkpoint import fitting_part, read_state, shape_faults
 from pathcli.errors import DataError, UsageError
 from pathcli.torchvision_guard import guard_torchvision
-from pathcli.weights import CARDS, Hub, fetch, local
+from pathcli.weights import fetch, local
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pathcli.cards import Hub
 from pathcli.encoders.checkpoint import read_state, shape_faults
 from pathcli.encoders.preprocess import Preprocess, describe, encoder_id, run
 from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.slides.tiling import tile_spec
 from pathcli.torchvision_guard import guard_torchvision
-from pathcli.weights import Hub, fetch, local, sha256
+from pathcli.weights import fetch, local, sha256
 
 if TYPE_CHECKING:
     from pathlib import Path

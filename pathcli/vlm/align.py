@@ -188,10 +188,12 @@ class AlignTask(ContrastiveTask):
         """Read the tables of the data, load the encoder, and fill the store with its tokens.
 
         Raises:
+            UsageError: the former stage had another encoder.
             DataError: a table is wrong, or nothing in it tells images apart.
             ResourceError: weights, files or space are missing.
         """
         super().prepare(store, device=device, progress=progress)
+        self.start.refuse_another(self.encoder)
         self._tokens, self._shape = prepared(
             self.corpus, self.encoder, store, self.cache, device=device, progress=progress
         )

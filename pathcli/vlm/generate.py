@@ -8,10 +8,12 @@ a former stage by name. `train.choose` may name `exact_match`.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from pathcli.data.pairs import pictures_of
 from pathcli.encoders.augment import Augment
@@ -19,15 +21,16 @@ from pathcli.errors import DataError, UsageError
 from pathcli.settings import TrainSettings, order
 from pathcli.trainer import Work
 from pathcli.types import digest
-from pathcli.vlm.batches import Examples
+from pathcli.vlm.batches import Examples, StandIns
 from pathcli.vlm.chat import Chat  # noqa: TC001 - builds the section `chat`
 from pathcli.vlm.model import VisionLanguage
+from pathcli.vlm.responders import Decoding
 from pathcli.vlm.start import Start
 from pathcli.vlm.tokens import CacheSettings, refuse_unless_still
-from pathcli.vlm.towers import Views, prepared, refuse_pooled, sent
+from pathcli.vlm.towers import Views, prepared, refuse_pooled, sent, token_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from pathcli.data.corpus import Corpus, CorpusData
     from pathcli.store import Store
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from pathcli.vlm.tokens import TokenCache
 
     Started = Callable[[str], Progress]
+
+log = logging.getLogger("pathcli")
 
 VALIDATED = 256
 """Validation sees at most so many samples, drawn once."""
@@ -59,8 +64,9 @@ class GenerateTask:
         augment: Augment = Augment(),  # noqa: B008 - frozen
         start: Start = Start(),  # noqa: B008 - frozen
         cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen
+        decoding: Decoding = Decoding(),  # noqa: B008 - frozen
     ) -> None:
-        """Keep the parts; nothing is read before `prepare`.
+        """Keep the parts; nothing is read before `prepare`. `decoding` is of its answers later.
 
         Raises:
             UsageError: an encoder without tokens, a choice by what is not measured, batches in
@@ -79,6 +85,7 @@ class GenerateTask:
         self.encoder, self.connector, self.language = encoder, connector, language
         self.data, self.chat, self.train = data, chat, train
         self.augment, self.start, self.cache = augment, start, cache
+        self.decoding = decoding
         if cache.tokens != "off":
             refuse_unless_still(augment, connector)
         self._corpus: Corpus | None = None
@@ -99,16 +106,22 @@ class GenerateTask:
         Raises:
             DataError: a table is wrong, or nothing is left of it.
             ResourceError: weights, files or space are missing.
+            UsageError: the former stage had another encoder.
         """
-        self._corpus = corpus = self.data.corpus()
-        if not len(corpus.train):
-            msg = "there is no sample to train on"
-            raise DataError(msg)
+        corpus = self._read()
+        self.start.refuse_another(self.encoder)
         if self.cache.tokens != "off":  # what is missing is said before hours of encoding
             self.chat.stop(self.language.tokenizer)
         self._tokens, self._shape = prepared(
             corpus, self.encoder, store, self.cache, device=device, progress=progress
         )
+
+    def _read(self) -> Corpus:
+        self._corpus = corpus = self.data.corpus()
+        if not len(corpus.train):
+            msg = "there is no sample to train on"
+            raise DataError(msg)
+        return corpus
 
     def begin(self, seed: int) -> Work:
         """Return one seed's run, with modules of its own.
@@ -119,13 +132,13 @@ class GenerateTask:
         """
         del seed  # drawn from before, and the data are split once
         language = copy.deepcopy(self.language)
-        facts = {"language": dict(language.start())}
+        facts: dict[str, Any] = {"language": dict(language.start())}
         connector = self.connector(self._shape[-1], language.width)
         facts["connector"] = dict(connector.start())
         module = VisionLanguage(self.encoder, connector, language)
         facts["start"] = dict(self.start.fill(module, ("connector.", "language.")))
         train, val = (self._examples(module, side) for side in (self.corpus.train, self.corpus.val))
-        facts |= self._facts(train)
+        facts |= self._facts(self._examples(module, self.corpus.train))
         check = Validation(module, val, self.chat, self.corpus.val, self.train.choose is not None)
         return Work(
             module,
@@ -133,23 +146,29 @@ class GenerateTask:
             check if len(self.corpus.val) else None,
             collate=train,
             lengths=[_length(s) for s in self.corpus.train] if self.train.by_length else None,
-            identity=digest([facts[name] for name in ("data", "samples", "encoder", "start")]),
+            identity=_identity(facts),
             facts=facts,
+            conclude=lambda: _concluded(train, facts["warnings"]),
         )
 
     def sample_view(self, seed: int) -> list[tuple[str, str]]:
         """Return a training sample as pieces of text, each with its role.
 
-        Roles are `read`, `learnt` and `image`; nothing but the tokenizer is read of the
-        language model. Call `prepare` first.
+        Roles are `read`, `learnt` and `image`. Of the language model nothing but the tokenizer
+        is read, and of the encoder nothing where the number of its tokens is known.
+
+        Raises:
+            DataError: a table is wrong, or the sample cannot be told.
+            ResourceError: the tokenizer is missing, or weights whose tokens are not known.
         """
-        connector = self.connector(self._shape[-1], self.language.width)
-        module = VisionLanguage(self.encoder, connector, self.language)
-        sample = self.corpus.train[order(seed, 0, len(self.corpus.train))[0]]
-        told = self._examples(module, self.corpus.train).encode(
-            sample, np.random.default_rng([seed, 0, 1, 0])
-        )
-        return list(told.show())
+        corpus = self._corpus or self._read()
+        tokens, width = self._shape or token_shape(self.encoder)
+        with torch.device("meta"):  # of the connector the count alone is asked
+            count = self.connector(width, self.language.width).count(tokens)
+        sample = corpus.train[order(seed, 0, len(corpus.train))[0]]
+        rng, words = np.random.default_rng([seed, 0, 1, 0]), self.language.tokenizer
+        counts, split = [count] * len(sample.images), self.language.seq2seq
+        return list(self.chat.encode(sample, words, counts, rng, seq2seq=split).show())
 
     def _examples(self, module: VisionLanguage, samples: Sequence[Sample]) -> Examples:
         """Return what makes batches of one side; validation sees every image as it is."""
@@ -159,17 +178,22 @@ class GenerateTask:
         pictures = pictures_of(self.data, samples)
         views = Views(pictures, module.connector, augment, side, self._tokens)
         count = module.connector.count(self._shape[0])
-        return Examples(views, self.chat, module.connector, module.language, count)
+        others = StandIns(samples, pictures.max_broken)
+        return Examples(views, self.chat, module.connector, module.language, count, others=others)
 
     def _facts(self, examples: Examples) -> dict[str, Any]:
         corpus, rng = self.corpus, np.random.default_rng(0)
         n = len(corpus.train)
         some = [corpus.train[i * n // min(n, LOOKED)] for i in range(min(n, LOOKED))]
-        told = [examples.encode(sample, rng) for sample in some]
+        told = [one for sample in some if (one := examples.tried(sample, rng))]
         lengths = np.array([len(one.ids) for one in told])
         learnt = np.array([sum(label >= 0 for label in one.labels) for one in told])
         cut = sum(one.truncated for one in told)
         warnings = list(corpus.warnings)
+        if bad := len(some) - len(told):
+            warnings.append(
+                f"{bad} of {len(some)} samples looked at cannot be told; others stand in"
+            )
         if cut:
             warnings.append(f"{cut} of {len(told)} samples looked at are longer than chat.limit")
         return {
@@ -183,6 +207,23 @@ class GenerateTask:
             "learnt of them": float(learnt.mean()),
             "warnings": warnings,
         }
+
+
+def _identity(facts: Mapping[str, Any]) -> str:
+    """Return what a run is known by: its data, and by their digests the weights it begins with."""
+    named = [facts[name] for name in ("data", "samples", "encoder", "start")]
+    return digest([*named, facts["language"]["source"], facts["connector"].get("init_sha256")])
+
+
+def _concluded(examples: Examples, warnings: Sequence[str]) -> dict[str, Any]:
+    """Return how many samples had to be stood in for since the run was last begun."""
+    assert examples.others is not None  # noqa: S101 - as `begin` made them
+    bad, tried = examples.others.counts
+    if not bad:
+        return {"stood in for": 0}
+    said = f"{bad} of {tried} samples could not be told, and others stood in; raise chat.limit"
+    log.warning("%s", said)
+    return {"stood in for": bad, "warnings": [*warnings, said]}
 
 
 def _length(sample: Sample) -> int:
@@ -217,8 +258,8 @@ class Validation:
             rng = np.random.default_rng([0, start])
             batch = sent(self.examples(part, rng), next(self.module.parameters()).device)
             losses.append(self.module.loss(batch).item())
-            if self.answers:  # of a broken image, what stands in for it is asked about
-                part = [self.examples.views(sample, rng).sample for sample in part]
+            if self.answers:  # of a bad sample, what stands in for it is asked about
+                part = [self.examples.learnt(sample, rng) for sample in part]
                 said = answers(self.module, self.examples, part, max_new_tokens=ANSWERED)
                 right += [_same(a, s.answer) for a, s in zip(said, part, strict=True)]
         found = {"loss": float(np.mean(losses))}

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pathcli.errors import PathcliError
-from pathcli.weights import CARDS, Hub, find
+from pathcli.cards import CARDS, Hub
+from pathcli.errors import DataError, PathcliError
+from pathcli.weights import find
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,13 +103,20 @@ def _measured(task: Any, visual: int, samples: Sequence[Sample], limit: Limit) -
         how = f"{_LETTERS} letters are taken for a token, and the template's words left out"
     else:
         rng, words_of = np.random.default_rng(0), task.language.tokenizer
-        told = [
-            task.chat.encode(s, words_of, [visual] * len(s.images), rng, seq2seq=split)
-            for s in samples
-        ]
+        told, bad = [], None
+        for s in samples:
+            try:
+                counts = [visual] * len(s.images)
+                told.append(task.chat.encode(s, words_of, counts, rng, seq2seq=split))
+            except DataError as error:
+                bad = error
+        if bad and not told:
+            raise bad
         words = np.array([len(one.ids) for one in told])
         learnt = np.array([sum(label >= 0 for label in one.labels) for one in told])
         how = "by the model's tokenizer"
+        if bad:
+            how += f"; {len(samples) - len(told)} of them cannot be told ({bad})"
     note = f"the length of texts is that of {len(samples)} samples of the data, {how}"
     return {
         "mean": float(words.mean()),

@@ -11,9 +11,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pathcli.cards import CARDS, Hub
 from pathcli.encoders.checkpoint import read_state
 from pathcli.errors import DataError
-from pathcli.weights import CARDS, Hub, fetch, local
+from pathcli.weights import fetch, local
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -64,12 +64,13 @@ TOWERS = {
     "pallava-plip": _B16._replace(pooled=256),
     "plip": _B32,
     "quilt-net": _B32,
+    "quilt-net:B-16": _B16,
     "conch": _B16,
     "uni": _vit(24, 1024, 4096, (14, 16), 1024),
     "lite0": _LITE,
     "mini-clip": _LITE._replace(pooled=256),
 }
-"""What encoders give that need not be here, by their registered names."""
+"""What encoders give that need not be here, by their own names."""
 
 
 def lora_weights(shape: Shape, lora: Lora) -> int:

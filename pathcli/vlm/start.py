@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path  # noqa: TC003 - builds the section `start`
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
-from pathcli.errors import DataError, ResourceError
+from pathcli.errors import DataError, PathcliError, ResourceError, UsageError
+from pathcli.recipe import build_part
 from pathcli.runs import read_run
 from pathcli.weights import sha256
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import torch
+
+    from pathcli.recipe import Recipe
+    from pathcli.types import Encoder
 
 _NAMED = 3
 _LANGUAGE = "language."  # of which nothing is left behind: it would be another model
@@ -27,12 +32,42 @@ class Start:
 
     run: Path | None = None
 
+    def refuse_another(self, encoder: Encoder) -> None:
+        """Refuse a former stage that saw images through another encoder, layer or pooling.
+
+        Both are compared by their ids, which follow from weights and not from paths; what was
+        trained behind one precision goes on behind another.
+
+        Raises:
+            UsageError: the two differ; both are named.
+            ResourceError: there is no finished run, or weights are gone.
+        """
+        if self.run is None:
+            return
+        run = read_run(self.run)
+        section = run.recipe.values.get("encoder")
+        if section is None:  # of another task: `fill` will find nothing in it
+            return
+        facts = run.facts
+        former = str(facts.get("encoder") or facts.get("model", {}).get("encoder") or "")
+        if former == encoder.id or _named(run.recipe, encoder) == encoder.id:
+            return
+        named = ", ".join(f"{k}: {v}" for k, v in section.items() if v is not None)
+        theirs = f"{former} {{{named}}}".strip()
+        layer = getattr(encoder, "layer", -1)
+        msg = (
+            f"start.run: {self.run} was trained behind the encoder {theirs}, and "
+            f"this stage has {encoder.id} (layer {layer}); give it that run's section `encoder`"
+        )
+        raise UsageError(msg)
+
     def fill(self, module: torch.nn.Module, prefixes: Sequence[str]) -> Mapping[str, Any]:
         """Put a former stage's weights into those parts of `module` whose names begin so.
 
         What the run has and the module has not (texts a connector no longer reads) stays out,
         and what the module has and the run has not (a new projection) stays as it is; both are
-        counted in what is returned for provenance. Nothing is done where no run is named.
+        counted in what is returned for provenance, which knows the run by its weights' SHA-256
+        and not by its path. Nothing is done where no run is named.
 
         Raises:
             ResourceError: there is no finished run, or its weights are gone.
@@ -60,13 +95,21 @@ class Start:
         module.load_state_dict(taken, strict=False)
         trained = [n for n, p in module.named_parameters() if p.requires_grad and n in here]
         return {
-            "run": str(self.run),
             "recipe": run.recipe.name,
             "weights": sha256(file),
             "taken": len(taken),
             "left": len(saved) - len(taken),
             "fresh": sum(name not in taken for name in trained),
         }
+
+
+def _named(recipe: Recipe, encoder: Encoder) -> str | None:
+    """Return the id of a recipe's encoder in the precision of this one; None where it is gone."""
+    same = {"precision": encoder.precision} if hasattr(encoder, "precision") else {}
+    section = {**recipe.values["encoder"], **same}
+    with suppress(PathcliError, TypeError):  # a file that moved, an option of an earlier version
+        return str(build_part(replace(recipe, values={"encoder": section}), "encoder")().id)
+    return None
 
 
 def _called(name: str, here: Mapping[str, torch.Tensor]) -> str:

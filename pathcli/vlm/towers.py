@@ -14,6 +14,7 @@ import torch
 from pathcli.device import pick_device
 from pathcli.encoders.augment import Augment
 from pathcli.errors import UsageError
+from pathcli.vlm.sizes import TOWERS
 from pathcli.vlm.tokens import TokenCache
 
 if TYPE_CHECKING:
@@ -44,6 +45,18 @@ class Shown(NamedTuple):
 
     sample: Sample
     images: list[NDArray[Any]]
+
+
+class Seeing(Protocol):
+    """Reads images where batches are made: `Views` in training, `own.Seen` where one asks."""
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Shown:
+        """Return a sample with its images, or another for one that is broken."""
+        ...
+
+    def batch(self, shown: Sequence[Shown]) -> dict[str, torch.Tensor]:
+        """Return all images of a batch: `views` or `tokens`, and `of`; see `model`."""
+        ...
 
 
 class Views:
@@ -149,6 +162,18 @@ def prepared(
     tokens = TokenCache(refs, encoder, store, settings, device)
     tokens.fill(progress("image tokens"))
     return tokens, tokens.row_shape
+
+
+def token_shape(encoder: Encoder) -> tuple[int, ...]:
+    """Return the shape (t, d) of an image's tokens; loads an encoder only if it is not known yet.
+
+    Raises:
+        ResourceError: it has to be loaded, and its weights are not here.
+    """
+    if known := TOWERS.get(encoder.name):
+        return known.tokens, known.width
+    shape: tuple[int, ...] | None = getattr(encoder, "row_shape", None)
+    return shape or ready(encoder, "cpu").row_shape
 
 
 def see(encoder: Encoder, batch: Mapping[str, Any]) -> torch.Tensor:
