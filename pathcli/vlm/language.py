@@ -18,18 +18,21 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
-from pathcli.errors import DataError, ResourceError, UsageError
+from pathcli.errors import DataError, UsageError
 from pathcli.registry import did_you_mean
 from pathcli.vlm.language_files import (
     SHAPES,
+    Load,
     Shape,
     language_folder,
+    precision_of,
     quiet,
     read_config,
+    require,
     shape_of,
     unreadable,
+    version_of,
 )
-from pathcli.weights import sha256
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,7 +44,6 @@ IGNORED = -100
 """The label of what is not learnt."""
 
 Tune = Literal["frozen", "lora", "full"]
-Load = Literal["float32", "bfloat16", "float16", "8bit", "4bit"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 
 
@@ -99,9 +101,9 @@ class HFLanguage(nn.Module):
         if wrong:
             raise UsageError(", ".join(wrong))
         if load in {"8bit", "4bit"}:
-            _require("bitsandbytes", f"load: {load}", "bitsandbytes")
+            require("bitsandbytes", f"load: {load}", "bitsandbytes")
         if attention == "flash_attention_2":
-            _require("flash_attn", f"attention: {attention}", "flash-attn --no-build-isolation")
+            require("flash_attn", f"attention: {attention}", "flash-attn --no-build-isolation")
         self.model, self.tune, self.lora = model, tune, lora
         self.load, self.checkpointing, self.attention = load, checkpointing, attention
 
@@ -172,7 +174,11 @@ class HFLanguage(nn.Module):
         sizes = {True: 0, False: 0}
         for weight in self.network.parameters():
             sizes[weight.requires_grad] += weight.numel()
-        facts: dict[str, Any] = {"kind": "hf", "model": self.model, "source": _version(self.folder)}
+        facts: dict[str, Any] = {
+            "kind": "hf",
+            "model": self.model,
+            "source": version_of(self.folder),
+        }
         facts |= {"tune": self.tune, "load": self.load}
         return facts | {"frozen": sizes[False], "trained": sizes[True]}
 
@@ -180,7 +186,7 @@ class HFLanguage(nn.Module):
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM  # noqa: PLC0415
 
         kind = AutoModelForSeq2SeqLM if self.seq2seq else AutoModelForCausalLM
-        options = {"attn_implementation": self._attention(), **_precision(self.load)}
+        options = {"attn_implementation": self._attention(), **precision_of(self.load)}
         try:
             with quiet():
                 network, told = kind.from_pretrained(
@@ -241,15 +247,27 @@ class HFLanguage(nn.Module):
         Raises:
             DataError: nothing is learnt.
         """
-        wanted = labels if self.seq2seq else pad(labels[:, 1:], (0, 1), value=IGNORED)
-        learnt = wanted != IGNORED
-        if not learnt.any():
+        wanted, logits = self._said(embeds, mask, labels)
+        if not len(logits):
             msg = "a batch in which no token is learnt: answers are empty, or were cut off"
             raise DataError(msg)
+        return cross_entropy(logits, wanted[wanted != IGNORED])
+
+    def likelihoods(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """Return float32 [b]: the log-probability of each row's labels, summed over its tokens."""
+        wanted, logits = self._said(embeds, mask, labels)
+        learnt = wanted != IGNORED
+        each = cross_entropy(logits, wanted[learnt], reduction="none")
+        rows = torch.zeros(wanted.shape, device=each.device).masked_scatter(learnt, -each)
+        return rows.sum(1)
+
+    def _said(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which token comes next [b, t], and float32 logits [n, v] where it counts."""
+        wanted = labels if self.seq2seq else pad(labels[:, 1:], (0, 1), value=IGNORED)
+        learnt = wanted != IGNORED
         head = self.network.get_output_embeddings()
         with head.register_forward_pre_hook(lambda _, given: (given[0][learnt],)):
-            logits = self.logits(embeds, mask, labels)
-        return cross_entropy(logits.float(), wanted[learnt])
+            return wanted, self.logits(embeds, mask, labels).float()
 
     @torch.no_grad()
     def generate(
@@ -291,29 +309,6 @@ class HFLanguage(nn.Module):
 
 
 # --- how it is loaded and changed --------------------------------------------------------------
-
-
-def _version(folder: Path) -> str:
-    """Return the hub's commit, or the weights' SHA-256."""
-    return folder.name if folder.parent.name == "snapshots" else sha256(folder)
-
-
-def _require(package: str, option: str, install: str) -> None:
-    if find_spec(package) is None:
-        msg = f"{option} needs the package {package}; run: pip install {install}"
-        raise ResourceError(msg)
-
-
-def _precision(load: Load) -> dict[str, Any]:
-    """Return transformers' options for a precision; 4 bits are NF4 (arXiv:2305.14314)."""
-    if load == "8bit" or load == "4bit":  # noqa: PLR1714 - narrows the type
-        from transformers import BitsAndBytesConfig  # noqa: PLC0415
-
-        half = torch.float16 if load == "8bit" else torch.bfloat16
-        bits = {"load_in_8bit": True} if load == "8bit" else {"load_in_4bit": True}
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": half}
-        return {"dtype": half, "quantization_config": BitsAndBytesConfig(**bits, **nf4)}
-    return {"dtype": getattr(torch, load)}
 
 
 def _ends(network: Any, tokenizer: Any) -> set[int]:  # noqa: ANN401 - transformers' own

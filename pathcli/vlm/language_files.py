@@ -16,11 +16,12 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from pathcli.cards import CARDS, Hub
 from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.torchvision_guard import guard_torchvision
-from pathcli.weights import CARDS, Hub, cache_root, fetch, find, local, sha256
+from pathcli.weights import cache_root, fetch, find, local, sha256
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,6 +99,8 @@ def unreadable(path: Path, what: str, error: Exception) -> DataError:
 
 
 # --- sizes -------------------------------------------------------------------------------------
+
+Load = Literal["float32", "bfloat16", "float16", "8bit", "4bit"]
 
 
 @dataclass(frozen=True)
@@ -238,3 +241,33 @@ def _convert(path: Path, folder: Path) -> None:
     plain.generation_config = read.generation_config
     plain.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def version_of(folder: Path) -> str:
+    """Return the hub's commit, or the weights' SHA-256."""
+    return folder.name if folder.parent.name == "snapshots" else sha256(folder)
+
+
+def require(package: str, option: str, install: str) -> None:
+    """Refuse an option that needs a package.
+
+    Raises:
+        ResourceError: it is not installed.
+    """
+    if find_spec(package) is None:
+        msg = f"{option} needs the package {package}; run: pip install {install}"
+        raise ResourceError(msg)
+
+
+def precision_of(load: Load) -> dict[str, Any]:
+    """Return transformers' options for a precision; 4 bits are NF4 (arXiv:2305.14314)."""
+    import torch  # noqa: PLC0415
+
+    if load == "8bit" or load == "4bit":  # noqa: PLR1714 - narrows the type
+        from transformers import BitsAndBytesConfig  # noqa: PLC0415
+
+        half = torch.float16 if load == "8bit" else torch.bfloat16
+        bits = {"load_in_8bit": True} if load == "8bit" else {"load_in_4bit": True}
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": half}
+        return {"dtype": half, "quantization_config": BitsAndBytesConfig(**bits, **nf4)}
+    return {"dtype": getattr(torch, load)}

@@ -64,6 +64,13 @@ class VisionLanguage(nn.Module):
         said = labels if self.language.seq2seq else labels[:, 1:]  # nothing says the first word
         return weighed(found, (said != NOT_LEARNT).sum())
 
+    def likelihoods(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the log-probability [b] of what each row's labels say, were it the answer."""
+        found: Tensor = self.language.likelihoods(
+            self.embeds(batch), batch["mask"], batch["labels"]
+        )
+        return found
+
     def generate(self, batch: Mapping[str, Any], **decoding: Any) -> list[list[int]]:  # noqa: ANN401
         """Return the ids of each row's answer; `decoding` is that of `HFLanguage.generate`.
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,8 +27,10 @@ from pathcli.runs import train
 from pathcli.store import Store
 from pathcli.trainer import Work
 from pathcli.types import Sample
+from pathcli.vlm import own
 from pathcli.vlm.generate import GenerateTask, answers
-from pathcli.vlm.responder import SHIPPED, Responder
+from pathcli.vlm.own import RunResponder
+from pathcli.vlm.responders import SHIPPED, Decoding
 
 __all__ = ["bert", "images", "llama"]  # fixtures
 
@@ -97,9 +102,9 @@ def asked(images: Path) -> list[Sample]:
 
 def test_a_run_answers_as_the_module_that_was_trained(trained: Trained, images: Path) -> None:
     folder, work = trained
-    responder = Responder.of(folder, "cpu")
+    responder = RunResponder.of(folder, device="cpu")
     samples = asked(images)
-    found = list(responder(samples, max_new_tokens=12))
+    found = list(responder.answer(samples, Decoding(12)))
     assert found == answers(work.module, work.collate, samples, max_new_tokens=12)
     assert found[:4] == [sample.answer for sample in four(images)]
     assert not any(p.grad is not None for p in responder.module.parameters())
@@ -107,18 +112,72 @@ def test_a_run_answers_as_the_module_that_was_trained(trained: Trained, images: 
 
 
 def test_questions_in_batches_are_answered_as_one_by_one(trained: Trained, images: Path) -> None:
-    responder, samples = Responder.of(trained[0], "cpu"), asked(images)
-    together = list(responder(samples, batch=5, max_new_tokens=12))
-    assert together == [next(responder([one], max_new_tokens=12)) for one in samples]
-    assert list(responder([])) == []
-    short = list(responder(samples[2:3], max_new_tokens=2))
+    responder, samples = RunResponder.of(trained[0], device="cpu"), asked(images)
+    responder.batch = 5
+    together = list(responder.answer(samples, Decoding(12)))
+    assert together == [next(responder.answer([one], Decoding(12))) for one in samples]
+    assert list(responder.answer([])) == []
+    short = list(responder.answer(samples[2:3], Decoding(2)))
     assert short == ["a tumour"]
 
 
+def test_an_image_is_encoded_once_and_anew_when_it_was_changed(
+    trained: Trained, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    responder, samples = RunResponder.of(trained[0], device="cpu"), four(images)
+    seen: list[int] = []
+    encode = responder.seen.encoder.encode
+    monkeypatch.setattr(
+        responder.seen.encoder, "encode", lambda x: seen.append(len(x)) or encode(x)
+    )
+    first = list(responder.answer(samples, Decoding(12)))
+    assert list(responder.answer(samples, Decoding(12))) == first
+    assert sum(seen) == len(samples)
+    copy = tmp_path / "copy.png"
+    answers = []
+    for sample in samples[:2]:
+        shutil.copyfile(sample.images[0], copy)
+        os.utime(copy, ns=(0, len(answers)))
+        answers += responder.answer([replace(sample, images=(str(copy),))], Decoding(12))
+    assert answers == first[:2]
+    monkeypatch.setattr(own, "KEPT", 1)
+    assert list(responder.answer(samples, Decoding(12))) == first
+    assert len(responder.seen._kept) == 1
+
+
+def test_a_likelihood_is_the_sum_of_what_the_language_model_gives_each_token(
+    trained: Trained, images: Path
+) -> None:
+    responder = RunResponder.of(trained[0], device="cpu")
+    samples, options = asked(images)[6:10], [["a tumour", "red"], ["x"], ["red cells", "a"], []]
+    found = responder.likelihoods(samples, options)
+    assert [len(row) for row in found] == [2, 1, 2, 0]
+    for sample, some, row in zip(samples, options, found, strict=True):
+        for option, value in zip(some, row, strict=True):
+            one = replace(sample, answer=option)
+            batch = responder.examples([one], np.random.default_rng(0))
+            logits = responder.module.logits(batch)[0].log_softmax(-1)
+            ids = batch["labels"][0].tolist()
+            last = max(i for i, label in enumerate(ids) if label == -100)
+            wanted = sum(logits[i - 1, ids[i]].item() for i in range(last + 1, len(ids)))
+            assert value == pytest.approx(wanted, abs=1e-4)
+    sure = responder.likelihoods(four(images), [[s.answer] for s in four(images)])
+    assert all(row[0] > -0.2 for row in sure)  # what it was trained to say
+
+
+def test_the_prompt_is_shown_as_it_is_read(trained: Trained, images: Path) -> None:
+    responder = RunResponder.of(trained[0], device="cpu")
+    shown = responder.prompt(asked(images)[-1])
+    assert shown.count("<image>") == 1
+    assert shown.endswith("ASSISTANT:")
+    assert "red cells" in shown
+    assert "Are you sure of that?" in shown
+
+
 def test_the_right_answer_is_not_read(trained: Trained, images: Path) -> None:
-    responder, samples = Responder.of(trained[0], "cpu"), four(images)
+    responder, samples = RunResponder.of(trained[0], device="cpu"), four(images)
     hidden = [Sample(s.name, s.images, "something else", s.turns) for s in samples]
-    assert list(responder(hidden, max_new_tokens=12)) == [s.answer for s in samples]
+    assert list(responder.answer(hidden, Decoding(12))) == [s.answer for s in samples]
 
 
 def test_a_connector_that_reads_and_adapters_are_put_together_again(
@@ -132,23 +191,23 @@ def test_a_connector_that_reads_and_adapters_are_put_together_again(
     )
     folder, work = run_of(given, tmp_path)
     torch.manual_seed(99)  # what the responder draws before it is filled is of no account
-    responder = Responder.of(folder, "cpu")
+    responder = RunResponder.of(folder, device="cpu")
     samples = asked(images)
     wanted = answers(work.module, work.collate, samples, max_new_tokens=8)
-    assert list(responder(samples, max_new_tokens=8)) == wanted
+    assert list(responder.answer(samples, Decoding(8))) == wanted
     assert len(set(wanted)) > 1
 
 
 def test_weights_stored_as_float16_are_read(run: Path, images: Path) -> None:
     state = load((run / WEIGHTS).read_bytes())
     save_file({name: value.half() for name, value in state.items()}, run / WEIGHTS)
-    responder = Responder.of(run, "cpu")
+    responder = RunResponder.of(run, device="cpu")
     assert {p.dtype for p in responder.module.parameters()} == {torch.float32}
     found = responder.module.state_dict()
     for name, value in state.items():
         assert torch.equal(found[name], value.half().float()), name
     samples = four(images)
-    assert list(responder(samples, max_new_tokens=12)) == [s.answer for s in samples]
+    assert list(responder.answer(samples, Decoding(12))) == [s.answer for s in samples]
 
 
 # --- what is not there -------------------------------------------------------------------
@@ -163,10 +222,10 @@ def line(error: pytest.ExceptionInfo[Exception]) -> str:
 def test_a_run_that_is_not_finished_is_met_with_one_line(run: Path, tmp_path: Path) -> None:
     (run / "report.json").unlink()
     with pytest.raises(ResourceError) as caught:
-        Responder.of(run, "cpu")
+        RunResponder.of(run, device="cpu")
     assert line(caught).startswith(f"{run} is unfinished; the same train command goes on")
     with pytest.raises(ResourceError) as caught:
-        Responder.of(tmp_path / "none", "cpu")
+        RunResponder.of(tmp_path / "none", device="cpu")
     assert line(caught).startswith(f"{tmp_path / 'none'} is no run")
 
 
@@ -179,7 +238,7 @@ def test_a_run_of_another_task_is_met_with_one_line(tmp_path: Path) -> None:
     report = {"metrics": {}, "provenance": {"recipe": "mini-clip", "facts": {}}}
     (folder / "report.json").write_text(json.dumps(report))
     with pytest.raises(UsageError) as caught:
-        Responder.of(folder, "cpu")
+        RunResponder.of(folder, device="cpu")
     wanted = "recipe mini-clip: task contrastive learns no answers; name a run of the task generate"
     assert line(caught) == wanted
 
@@ -188,17 +247,17 @@ def test_weights_that_are_damaged_gone_or_anothers_are_met_with_one_line(run: Pa
     state = load((run / WEIGHTS).read_bytes())
     (run / WEIGHTS).write_bytes((run / WEIGHTS).read_bytes()[:1000])
     with pytest.raises(DataError) as caught:
-        Responder.of(run, "cpu")
+        RunResponder.of(run, device="cpu")
     assert line(caught).startswith(f"{run / WEIGHTS}: corrupt checkpoint")
     save_file(
         {name: value for name, value in state.items() if "layers.0.w" not in name}, run / WEIGHTS
     )
     with pytest.raises(DataError) as caught:
-        Responder.of(run, "cpu")
+        RunResponder.of(run, device="cpu")
     assert line(caught).startswith(f"{run / WEIGHTS}: weights of another module")
     (run / WEIGHTS).unlink()
     with pytest.raises(ResourceError) as caught:
-        Responder.of(run, "cpu")
+        RunResponder.of(run, device="cpu")
     assert str(run / WEIGHTS) in line(caught)
 
 
@@ -207,9 +266,9 @@ def test_an_image_that_cannot_be_read_is_no_other_image(
 ) -> None:
     (tmp_path / "x.png").write_bytes(b"no image")
     bad = Sample("x", (str(tmp_path / "x.png"),), "", (ASKED,))
-    responder = Responder.of(trained[0], "cpu")
+    responder = RunResponder.of(trained[0], device="cpu")
     with pytest.raises(DataError, match=r"x\.png: not an image") as caught:
-        list(responder([*asked(images)[:1], bad]))
+        list(responder.answer([*asked(images)[:1], bad]))
     line(caught)
     assert "another" not in caplog.text
 
@@ -223,7 +282,7 @@ def test_the_shipped_model_answers(tmp_path: Path) -> None:
         if name not in weights.CARDS or weights.find(name) is None:
             pytest.skip(f"{name} is not here; run: pathcli models pull {name}")
     Image.new("RGB", (224, 224), (200, 150, 190)).save(tmp_path / "x.png")
-    responder = Responder.of(device="cpu")
+    responder = RunResponder.shipped(device="cpu")
     image = (str(tmp_path / "x.png"),)
-    (said,) = responder([Sample("x", image, "", ("Is this malignant?",))], max_new_tokens=8)
+    (said,) = responder.answer([Sample("x", image, "", ("Is this malignant?",))], Decoding(8))
     assert said

@@ -1,0 +1,250 @@
+"""A trained run, a converted checkpoint, or the shipped clover-mini: the `Responder` of pathcli."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+
+from pathcli.data.images import read_image
+from pathcli.device import pick_device
+from pathcli.encoders.checkpoint import read_state
+from pathcli.errors import UsageError
+from pathcli.recipe import Recipe, build
+from pathcli.runs import read_run
+from pathcli.state import fill
+from pathcli.types import Sample
+from pathcli.vlm.batches import Examples
+from pathcli.vlm.convert import settled
+from pathcli.vlm.model import NOT_LEARNT, VisionLanguage
+from pathcli.vlm.responders import SHIPPED, Decoding, Load
+from pathcli.vlm.towers import Shown, ready, sent
+from pathcli.weights import fetch, local, sha256
+from pathcli.yaml12 import parse_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from pathcli.encoders.mini_clip import MiniClip
+    from pathcli.types import Encoder, ImageRef
+    from pathcli.vlm.towers import Cutter
+
+SCOPE = (
+    "clover-mini was trained on patches of benign lung, lung adenocarcinoma and lung squamous "
+    "cell carcinoma of one data set, and on a few of colon; it can say which tissue it is and "
+    "whether it is malignant, in most wordings, and little else"
+)
+KEPT = 256 * 2**20  # bytes of image tokens that are kept for the next question
+
+
+class RunResponder:
+    """A vision-language model of a recipe that answers. Research use only; not for diagnosis."""
+
+    def __init__(
+        self, recipe: Recipe, weights: Path, *, device: str = "auto", load: Load = "auto"
+    ) -> None:
+        """Build a run's model from its recipe, and put its trained weights in.
+
+        Raises:
+            UsageError: the recipe is of another task.
+            ResourceError: the weights, or those of a frozen part, are not here.
+            DataError: the weights are damaged, or of another model.
+        """
+        if recipe.task != "generate":
+            msg = f"recipe {recipe.name}: task {recipe.task} learns no answers; "
+            raise UsageError(msg + "name a run of the task generate")
+        task = build(_loaded_as(recipe, load))
+        here = pick_device(device)
+        encoder = ready(task.encoder, here)
+        facts = task.language.start()
+        connector = task.connector(encoder.row_shape[-1], task.language.width)
+        self.module = VisionLanguage(encoder, connector, task.language)
+        state = {name: tensor.float() for name, tensor in read_state(local(weights)).items()}
+        fill(self.module, state, str(weights))
+        self.module.eval().to(here)
+        self.seen = Seen(connector, encoder, here)
+        count = connector.count(encoder.row_shape[0])
+        self.examples = Examples(self.seen, task.chat, connector, task.language, count)
+        self.name, self.chat, self.device = weights.parent.name, task.chat, torch.device(here)
+        self.scope = f"what {weights.parent} was trained on, and nobody has measured here"
+        self.decoding, self.batch = task.decoding, 16
+        self.temperature: float | None = None
+        self.taught: Sequence[Sequence[str]] = ()
+        self.judge: MiniClip | None = None
+        said = {name: recipe.values.get(name) for name in ("connector", "chat")}
+        known = [said, facts["tune"], facts["source"], encoder.id, sha256(weights), load]
+        self.digest = hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
+
+    @classmethod
+    def of(cls, run: Path, *, device: str = "auto", load: Load = "auto") -> RunResponder:
+        """Return the model of a finished run's folder.
+
+        Raises:
+            ResourceError: the run is not there or unfinished, or weights are not here.
+        """
+        recipe = settled(read_run(run).recipe, run)
+        return cls(recipe, run / "weights.safetensors", device=device, load=load)
+
+    @classmethod
+    def shipped(cls, *, device: str = "auto", load: Load = "auto") -> RunResponder:
+        """Return clover-mini.
+
+        Raises:
+            ResourceError: its frozen parts are not here and cannot be fetched.
+        """
+        weights = fetch(SHIPPED)
+        path = weights.with_name("recipe.yaml")
+        values = dict(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
+        found = cls(Recipe(SHIPPED, values), weights, device=device, load=load)
+        found.name, found.scope = SHIPPED, SCOPE
+        facts = json.loads(path.with_name("calibration.json").read_text(encoding="utf-8"))
+        found.temperature, found.taught = facts["temperature"], facts["answers"]
+        found.judge = cast("MiniClip", found.module.encoder)
+        return found
+
+    def prompt(self, sample: Sample) -> str:
+        """Return what the language model reads, `<image>` where visual tokens stand."""
+        tokenizer, split = self.examples.language.tokenizer, self.examples.language.seq2seq
+        told = self.chat.ask(sample, tokenizer, [1] * len(sample.images), seq2seq=split)
+        pieces, ids = "", list[int]()
+        for token, image in zip(told.ids, told.image, strict=True):
+            if image:
+                pieces, ids = pieces + tokenizer.decode(ids) + "<image>", []
+            else:
+                ids.append(token)
+        return pieces + str(tokenizer.decode(ids))
+
+    @torch.inference_mode()
+    def unfamiliar(self, images: Sequence[ImageRef]) -> list[ImageRef]:
+        """Return which images mini-clip finds unlike those clover-mini was trained on.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        if self.judge is None:
+            return []
+        known: list[bool] = []
+        for start in range(0, len(images), self.batch):
+            tokens = torch.cat(self.seen.tokens(images[start : start + self.batch]))
+            known += self.judge.familiar(tokens).tolist()
+        return [ref for ref, is_known in zip(images, known, strict=True) if not is_known]
+
+    @torch.inference_mode()
+    def answer(self, samples: Sequence[Sample], decoding: Decoding | None = None) -> Iterator[str]:
+        """Yield the answer to each sample's last question; see `Responder`.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        language = self.examples.language
+        search = (decoding or self.decoding).options() | {
+            "stop": self.chat.stop(language.tokenizer)
+        }
+        for start in range(0, len(samples), self.batch):
+            asked = self.examples.ask(samples[start : start + self.batch], np.random.default_rng(0))
+            ids = self.module.generate(sent(asked, self.device), **search)
+            for text in language.tokenizer.batch_decode(ids, skip_special_tokens=True):
+                yield str(text).strip()
+
+    @torch.inference_mode()
+    def likelihoods(
+        self, samples: Sequence[Sample], options: Sequence[Sequence[str]]
+    ) -> list[NDArray[np.float64]]:
+        """Return float64 [options] of each sample: log-probabilities of answers; see `Responder`.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        rows = [
+            Sample(s.name, s.images, option, s.turns, group=s.group)
+            for s, some in zip(samples, options, strict=True)
+            for option in some
+        ]
+        found: list[float] = []
+        for start in range(0, len(rows), self.batch):
+            told = self.examples(rows[start : start + self.batch], np.random.default_rng(0))
+            told["labels"] = _last_answer(told["labels"])
+            found += self.module.likelihoods(sent(told, self.device)).double().tolist()
+        ends = np.cumsum([0, *map(len, options)])
+        return [np.array(found[a:b]) for a, b in pairwise(ends.tolist())]
+
+
+class Seen:
+    """Reads images and encodes each once: the tokens of the last ones, up to `KEPT`, are kept."""
+
+    def __init__(self, connector: Cutter, encoder: Encoder, device: str) -> None:
+        """Take what cuts an image into views, and an encoder loaded on a device."""
+        self.connector, self.encoder, self.device = connector, encoder, device
+        self._kept: OrderedDict[tuple[ImageRef, int], Tensor] = OrderedDict()
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Shown:
+        """Return a sample; its images are read with the batch."""
+        del rng
+        return Shown(sample, [])
+
+    def batch(self, shown: Sequence[Shown]) -> dict[str, Tensor]:
+        """Return the `tokens` [v, t, d] of all images of a batch, and `of` [v].
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        found = self.tokens([ref for each in shown for ref in each.sample.images])
+        of = np.repeat(np.arange(len(found)), [len(image) for image in found])
+        return {"tokens": torch.cat(found), "of": torch.from_numpy(of)}
+
+    def tokens(self, images: Sequence[ImageRef]) -> list[Tensor]:
+        """Return each image's tokens [v, t, d]; those not seen lately are read and encoded.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        keys = [(ref, _changed(ref)) for ref in images]
+        new = [key for key in dict.fromkeys(keys) if key not in self._kept]
+        if new:
+            side = self.encoder.input_px
+            views = [np.stack(self.connector.views(read_image(ref), side)) for ref, _ in new]
+            pixels = torch.from_numpy(np.concatenate(views)).to(self.device)
+            seen = torch.split(self.encoder.encode(pixels), [len(some) for some in views])
+            self._kept |= zip(new, seen, strict=True)
+        for key in keys:
+            self._kept.move_to_end(key)
+        found = [self._kept[key] for key in keys]
+        self._forget()
+        return found
+
+    def _forget(self) -> None:
+        """Drop what was used longest ago, until the rest fits."""
+        size = sum(tokens.nbytes for tokens in self._kept.values())
+        while size > KEPT and len(self._kept) > 1:
+            size -= self._kept.popitem(last=False)[1].nbytes
+
+
+def _changed(ref: ImageRef) -> int:
+    """Return when a file was written, in ns: another image under a name is another image."""
+    return Path(ref).stat().st_mtime_ns if isinstance(ref, str) and Path(ref).exists() else 0
+
+
+def _last_answer(labels: Tensor) -> Tensor:
+    """Return labels [b, t] of which the last run of learnt tokens is left in every row."""
+    learnt = (labels != NOT_LEARNT).flip(1)
+    gaps = (learnt.cumsum(1) > 0) & ~learnt  # from the end: what lies before the last answer
+    return labels.masked_fill((gaps.cumsum(1) > 0).flip(1), NOT_LEARNT)
+
+
+def _loaded_as(recipe: Recipe, load: Load) -> Recipe:
+    """Return a recipe whose language model is read in other numbers, where any are asked for."""
+    if load == "auto":
+        return recipe
+    values = dict(recipe.values)
+    values["language"] = {**values["language"], "load": load}
+    return replace(recipe, values=values)
