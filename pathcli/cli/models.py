@@ -1,7 +1,8 @@
-"""`pathcli models`: what can be fetched, what is here, and fetching it."""
+"""`pathcli models`: what can be fetched, what is here, fetching it, and converting others'."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,22 +10,33 @@ import typer
 from pathcli.cli import options as o
 
 if TYPE_CHECKING:
-    from pathcli.weights import Card
+    from pathcli.cards import Card
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="A name that `models list` prints.")]
+Source = Annotated[Path, typer.Argument(help="Folder or file of LLaVA's, LAVIS' or xtuner's.")]
+Converted = Annotated[Path, typer.Argument(help="Folder to write, not there yet.")]
+Tower = Annotated[
+    str | None,
+    typer.Option("--encoder", help="Vision tower, where it is not known.", metavar="NAME"),
+]
+Language = Annotated[
+    str | None,
+    typer.Option("--language", help="Language model, where there is none.", metavar="NAME|FOLDER"),
+]
 
 
 @app.callback()
 def root() -> None:
-    """List, describe and fetch encoders and other downloads."""
+    """List, describe and fetch downloads, and convert published models."""
 
 
 @app.command("list")
 def list_models(json: o.Json = False) -> None:
     """List what pathcli knows how to fetch, and what is here already."""
+    from pathcli.cards import CARDS  # noqa: PLC0415
     from pathcli.cli import show  # noqa: PLC0415
-    from pathcli.weights import CARDS, find  # noqa: PLC0415
+    from pathcli.weights import find  # noqa: PLC0415
 
     rows = [
         {"name": name, "here": bool(find(name)), "licence": c.licence, **_split(c.what)}
@@ -88,15 +100,43 @@ def pull(name: Name, json: o.Json = False) -> None:
         show.say(f"{name}: {path} ({licence})")
 
 
+@app.command()
+def convert(
+    source: Source,
+    out: Converted,
+    encoder: Tower = None,
+    checkpoint: o.Checkpoint = None,
+    language: Language = None,
+    json: o.Json = False,
+) -> None:
+    """Make a published vision-language checkpoint one that `ask` reads.
+
+    Of PathGen-LLaVA, Quilt-LLaVA, LLaVA-Med v1.5 and others in LLaVA's own layout, of LAVIS'
+    CLOVER and BLIP-2, and of PA-LLaVA. Models in transformers' form need no converting.
+    """
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.vlm.convert import convert as convert_  # noqa: PLC0415
+
+    made = convert_(source, out, encoder=encoder, checkpoint=checkpoint, language=language)
+    if json:
+        found = {"layout": made.layout, "folder": str(made.folder), "parts": list(made.rows)}
+        show.as_json(found | {"next": made.command})
+        return
+    show.table(made.rows)
+    show.say(f"{made.folder}: encoder, prompt and language model are said in its recipe.yaml")
+    show.say(f"next: {made.command}")
+
+
 def _card(name: str) -> Card:
     """Return what is known of a download.
 
     Raises:
         UsageError: there is none of this name, or it is an encoder of the user's own weights.
     """
+    from pathcli.cards import CARDS  # noqa: PLC0415
     from pathcli.errors import UsageError  # noqa: PLC0415
     from pathcli.registry import names  # noqa: PLC0415
-    from pathcli.weights import CARDS, card  # noqa: PLC0415
+    from pathcli.weights import card  # noqa: PLC0415
 
     if name not in CARDS and name.partition(":")[0] in names("encoder"):
         msg = (
