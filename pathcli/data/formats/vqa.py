@@ -67,7 +67,7 @@ def questions(source: Source) -> Iterator[Sample]:
     Raises:
         DataError: a column is missing, or a folder holds the Parquet files of several splits.
     """
-    rows = _by_content(source.path) if _is_parquet(source.path) else read_rows(source.path)
+    rows = by_content(source.path) if is_parquet(source.path) else read_rows(source.path)
     yield from _asked(source, rows, {"question", "answer"})
 
 
@@ -80,13 +80,13 @@ def clover_generations(source: Source) -> Iterator[Sample]:
 def pathvqa(source: Source) -> Iterator[Sample]:
     """Yield PathVQA's questions from its pickles, or from the same records in JSON."""
     source.deep = True
-    yield from _asked(source, records(source.path), {"img_id", "label"}, told=_official)
+    yield from _asked(source, records(source.path), {"img_id", "label"}, told=official)
 
 
 def lxmert(source: Source) -> Iterator[Sample]:
     """Yield PathVQA's questions in LXMERT's form; images without questions are counted."""
     source.deep = True
-    rows = (each for row in records(source.path) for each in _of_image(row))
+    rows = (each for row in records(source.path) for each in of_image(row))
     yield from _asked(source, rows, {"img_id", "sentf", "labelf"})
 
 
@@ -142,12 +142,14 @@ def _generated(row: Row) -> Iterator[Row]:
     yield from made or [row]
 
 
-def _official(row: Row) -> Row:
+def official(row: Row) -> Row:
+    """Return a row of PathVQA's pickles with its question and likeliest answer by name."""
     asked = row.get("question") or row.get("sent")
     return row | {"question": asked, "answer": _best(row.get("label"))}
 
 
-def _of_image(row: Row) -> Iterator[Row]:
+def of_image(row: Row) -> Iterator[Row]:
+    """Yield the questions on one image of LXMERT's form, a row each."""
     sets, labels = row.get("sentf"), row.get("labelf")
     found = 0
     for name, asked in sets.items() if isinstance(sets, dict) else ():
@@ -188,11 +190,12 @@ def _without(letter: str, words: str) -> str:
 _CONTENT = "image content"
 
 
-def _is_parquet(path: Path) -> bool:
+def is_parquet(path: Path) -> bool:
+    """Return whether a file or folder is read as Parquet."""
     return path.is_dir() or path.suffix.lower() == ".parquet"
 
 
-def _by_content(path: Path) -> Iterator[Row]:
+def by_content(path: Path) -> Iterator[Row]:
     """Yield the rows of Parquet, each with a name made of its embedded image's bytes."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     splits = sorted({file.name.partition("-")[0] for file in files})
