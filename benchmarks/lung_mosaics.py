@@ -9,6 +9,7 @@ its pool alone: split by the column `site`, never by slide, and train and test s
 
 DATA is the folder with labels.csv (image,label,group). OUT receives slides/<slide_id>.svs,
 labels.csv (case_id,slide_id,label,site) and annotations/<slide_id>.xml (ASAP, level-0 pixels).
+`--split` draws from the groups of one side of assets/benchmarks/lung-split.csv alone.
 Mosaics are not slides of patients: neighbours in a mosaic are strangers, and the size of a
 lesion is ours. They measure whether a method finds a few positive tiles in a bag, and where.
 """
@@ -25,6 +26,7 @@ from xml.etree import ElementTree as ET
 import cv2
 import numpy as np
 import tifffile
+from lung_split import OUT as SPLIT
 from lung_split import read_labels, shuffled_groups
 from numpy.typing import NDArray
 from PIL import Image
@@ -216,14 +218,31 @@ def write_asap(path: Path, polygons: list[Polygon]) -> None:
     ET.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
 
 
+def drawn_from(data: Path, split: str | None = None) -> list[dict[str, str]]:
+    """Return the rows of labels.csv, or those whose group is on one side of the split."""
+    rows = read_labels(data)
+    if split is None:
+        return rows
+    with SPLIT.open(newline="") as file:
+        groups = {row["group"] for row in csv.DictReader(file) if row["split"] == split}
+    return [row for row in rows if row["group"] in groups]
+
+
 def build(
-    data: Path, out: Path, *, mosaics: int = MOSAICS, tiles: int = TILES, seed: int = 0
+    data: Path,
+    out: Path,
+    *,
+    mosaics: int = MOSAICS,
+    tiles: int = TILES,
+    seed: int = 0,
+    split: str | None = None,
 ) -> Path:
     """Write `mosaics` slides of at most `tiles` tissue tiles and their tables; return `out`.
 
-    One mosaic is in memory at a time (the finest take about 200 MB).
+    One mosaic is in memory at a time (the finest take about 200 MB). With `split` patches come
+    from that side's groups alone.
     """
-    rows = read_labels(data)
+    rows = drawn_from(data, split)
     (out / "slides").mkdir(parents=True, exist_ok=True)
     (out / "annotations").mkdir(exist_ok=True)
     with (out / "labels.csv").open("w", newline="") as file:
@@ -247,8 +266,10 @@ def main() -> None:
     parser.add_argument("--mosaics", type=int, default=MOSAICS)
     parser.add_argument("--tiles", type=int, default=TILES, help="the most a mosaic has")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=["train", "val", "test"], help="draw from it alone")
     given = parser.parse_args()
-    build(given.data, given.out, mosaics=given.mosaics, tiles=given.tiles, seed=given.seed)
+    how = {"mosaics": given.mosaics, "tiles": given.tiles, "seed": given.seed}
+    build(given.data, given.out, **how, split=given.split)
     print(given.out)
 
 

@@ -297,21 +297,6 @@ def test_the_map_is_brightest_on_the_nearest_tile(boards: list[Path], store: Sto
     assert np.allclose(changed.max(0), np.add(RED[::-1], SIDE), atol=2)
 
 
-def test_a_sheet_has_rows_of_five_and_frames_what_is_unfamiliar() -> None:
-    tiles = [np.full((s, s, 3), 90 + s, np.uint8) for s in (30, 40, 50, 60, 70, 80)]
-    captions = [["1   cosine 0.5", "a-name-" * 20, "x 1, y 2"]] * 5
-    drawn = pictures.sheet(tiles, [*captions, ["6", "name", "x, y", "unfamiliar"]])
-    side, gap = pictures._SIDE, pictures._GAP
-    assert drawn.shape[1] == 5 * (side + gap) + gap
-    down = (drawn.shape[0] - gap) // 2
-    for i, tile in enumerate(tiles):
-        x, y = gap + i % 5 * (side + gap), gap + i // 5 * down
-        assert (drawn[y + side // 2, x + side // 2] == tile[0, 0]).all()
-        framed = (drawn[y + 1, x + 1] != tile[0, 0]).any()
-        assert framed == (i == 5)
-        assert (drawn[y : y + down - gap, x + side : x + side + gap] > 250).all()
-
-
 def test_a_slide_that_is_gone_leaves_the_page_without_its_pictures(
     boards: list[Path], store: Store, tmp_path: Path
 ) -> None:

@@ -233,10 +233,12 @@ class MiniClip:
         return self._language.count_tokens(texts)
 
     def familiar(self, features: torch.Tensor) -> torch.Tensor:
-        """Return bool [n]: which embeddings float32 [n, d] look like what was trained on.
+        """Return bool [n]: which embeddings [n, d] or tokens [n, t, 1280] look like training's.
 
         Weights that were never given a threshold (a run's own) find everything familiar.
         """
         if self.familiarity is None:
             return torch.ones(len(features), dtype=torch.bool, device=features.device)
+        if features.ndim == 3:  # noqa: PLR2004 - tokens: of these an embedding is made
+            features = self.model.image_projection(features.mean(1))
         return self.familiarity.score(features) >= self.familiarity.threshold

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import math
 import re
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pathcli.errors import DataError
+from pathcli.evals.tile_sheet import MARK, sheet
 from pathcli.report import Picture, Section, html_page, json_text, metric, pairs, versions
 from pathcli.runs import git_commit
 from pathcli.slides.geojson import feature, save_features, square
@@ -38,8 +38,6 @@ log = logging.getLogger("pathcli")
 MAPS = 12
 """How many similarity maps the page shows; all are files beside it."""
 
-_SIDE, _GAP, _COLUMNS = 220, 14, 5
-_FONT, _MARK = 15, (213, 94, 0)
 _CAUTION = (
     "A search always finds something: the order says which tiles are nearest to the text, not "
     "that it is true of them. Cosines compare tiles for one text; of two texts or two encoders "
@@ -186,42 +184,6 @@ def search_report(found: Found) -> Report:
     )
 
 
-def sheet(pixels: Sequence[ByteArray], captions: Sequence[Sequence[str]]) -> ByteArray:
-    """Return tiles of any size in rows of five, their captions (equally many lines) below.
-
-    A caption whose last line is "unfamiliar" puts an orange frame around its tile.
-    """
-    font = ImageFont.load_default(size=_FONT)
-    line = _FONT + 5
-    down, right = _SIDE + _GAP + line * max(map(len, captions)), _SIDE + _GAP
-    columns = min(_COLUMNS, len(pixels))
-    size = columns * right + _GAP, math.ceil(len(pixels) / columns) * down + _GAP
-    image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image)
-    for i, (tile, lines) in enumerate(zip(pixels, captions, strict=True)):
-        x, y = i % columns * right + _GAP, i // columns * down + _GAP
-        small = Image.fromarray(tile).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
-        image.paste(small, (x, y))
-        if lines[-1] == "unfamiliar":
-            draw.rectangle((x, y, x + _SIDE - 1, y + _SIDE - 1), outline=_MARK, width=4)
-        for k, text in enumerate(lines):
-            fitting = _fitting(text, font)
-            draw.text((x, y + _SIDE + 2 + k * line), fitting, (28, 32, 36), font)
-    return np.array(image)
-
-
-def _fitting(text: str, font: Any) -> str:  # noqa: ANN401 - either of Pillow's fonts
-    """Return a text as it is, or with its middle left out so that it is as wide as a tile."""
-    if font.getlength(text) <= _SIDE:
-        return text
-    half = next(n for n in range(len(text) // 2, -1, -1) if font.getlength(_cut(text, n)) <= _SIDE)
-    return _cut(text, half)
-
-
-def _cut(text: str, half: int) -> str:
-    return f"{text[:half]}...{text[len(text) - half :]}"
-
-
 def _draw(
     folder: Path, found: Found, i: int
 ) -> tuple[ByteArray, dict[int, ByteArray], dict[str, str]]:
@@ -279,7 +241,7 @@ def _object(found: Found, hit: Hit, slide: Slide, side0: float) -> dict[str, Any
     measured = {"rank": hit.rank, "score": round(hit.score, 6), "cosine": round(hit.cosine, 6)}
     measured |= {"higher than": round(hit.higher_than, 6)}
     measured |= {} if hit.strange is None else {"familiar": int(not hit.strange)}
-    looks = {"name": "Search", "color": list(_MARK)}
+    looks = {"name": "Search", "color": list(MARK)}
     more = {"name": f"{hit.rank}: {_short(found)}", "classification": looks}
     more |= {"measurements": measured}
     return feature([square(np.array(hit.xy), side0)], slide.info.bounds, "annotation", more)
