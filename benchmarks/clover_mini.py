@@ -8,7 +8,8 @@ r"""From a finished run of the recipe clover-mini-stage2 to shipped weights, fig
     python benchmarks/clover_mini.py runs/clover-mini-stage2/seed-1 mini-data/labels.csv --most 2
 
 Writes clover-mini.safetensors (float16), recipe.yaml, metrics.json, training.jsonl and
-README.md, the card. `--split val` asks the validation groups, and ships nothing.
+README.md, the card. `--split val` asks the validation groups and ships nothing but
+calibration.json: the temperature fitted there, before the test groups are asked.
 """
 
 from __future__ import annotations
@@ -26,11 +27,16 @@ import numpy as np
 from clover_mini_data import Asker, Row, read_questions, read_rows
 from mini_clip import as_metric, say
 from safetensors.torch import load_file, save_file
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
 
+from pathcli.metrics.calibration import ece
 from pathcli.metrics.statistics import bootstrap
 from pathcli.runs import Run, read_run
 from pathcli.types import Sample
-from pathcli.vlm.responder import Responder
+from pathcli.vlm.asked import allowed
+from pathcli.vlm.own import RunResponder
+from pathcli.vlm.responders import Decoding
 
 OUT = Path(__file__).parents[1] / "assets" / "clover-mini"
 CARD = Path(__file__).with_name("clover_mini_card.md")
@@ -144,6 +150,46 @@ def measure(answer: Answer, rows: Sequence[Row]) -> dict[str, Any]:
     return found
 
 
+SURE = ("tissue", "malignant", "benign", "either")  # whose answers a question allows
+
+
+def likelihoods(responder: RunResponder, asked: Sequence[Asked]) -> dict[str, Any]:
+    """Return by kind the right options' numbers [n] and all options' log-probabilities [n, k]."""
+    found: dict[str, Any] = {}
+    for kind in SURE:
+        samples = [s for one in asked if one.kind == kind for s in one.samples]
+        names = responder.taught[0][:3]
+        options = [list(allowed(s.turns[-1], responder.taught) or names) for s in samples]
+        right = [o.index(s.answer) for o, s in zip(options, samples, strict=True)]
+        found[kind] = np.array(right), np.stack(responder.likelihoods(samples, options))
+    return found
+
+
+def fitted(found: dict[str, Any]) -> float:
+    """Return the temperature at which the right answers of all kinds are most probable."""
+
+    def loss(log: float) -> float:
+        each = [
+            -log_softmax(values / np.exp(log), axis=1)[np.arange(len(right)), right]
+            for right, values in found.values()
+        ]
+        return float(np.concatenate(each).mean())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-2, 4), method="bounded").x))
+
+
+def sureness(found: dict[str, Any], temperature: float) -> dict[str, Any]:
+    """Return the calibration error of each kind, as the model gives it and divided."""
+    return {
+        kind: {
+            "ece": round(ece(right, softmax(values / temperature, axis=1)), 4),
+            "before": round(ece(right, softmax(values, axis=1)), 4),
+            "answers": len(right),
+        }
+        for kind, (right, values) in found.items()
+    }
+
+
 def ship(run: Run, out: Path) -> Path:
     """Write the run's weights as float16 and its recipe; return the weights' file."""
     path = out / "clover-mini.safetensors"
@@ -155,7 +201,9 @@ def ship(run: Run, out: Path) -> Path:
     return path
 
 
-def card(run: Run, figures: dict[str, Any], size: int) -> str:
+def card(
+    run: Run, figures: dict[str, Any], sure: dict[str, Any], temperature: float, size: int
+) -> str:
     """Return the model card as Markdown."""
     names = ("exact_match", "balanced_accuracy", "blind")
     table = {
@@ -166,6 +214,8 @@ def card(run: Run, figures: dict[str, Any], size: int) -> str:
     examples = [e for row in figures.values() for e in row["examples"][:3]]
     return CARD.read_text(encoding="utf-8").format(
         figures=_table(table),
+        temperature=f"{temperature:.2f}",
+        sure=", ".join(f"{kind} {v['ece']:.3f} ({v['before']:.3f})" for kind, v in sure.items()),
         examples="\n".join(f"| {q} | {wanted} | {said} |" for q, wanted, said in examples),
         megabytes=f"{size / 1e6:.1f}",
         steps=f"{known['steps']:,} steps, {known['seconds'] / 60:.0f} minutes",
@@ -207,14 +257,28 @@ def main() -> None:
     rows = few(read_rows(given.table, given.split, lung), given.most)
     shipped = given.split == "test"
     weights = ship(run, given.out) if shipped else run.folder / "weights.safetensors"
-    responder = Responder(run.recipe, weights, "auto")
-    figures = measure(lambda asked: list(responder(asked, batch=32, max_new_tokens=LENGTH)), rows)
+    responder = RunResponder(run.recipe, weights)
+    responder.batch = 32
+    names = [c["name"] for c in read_questions()["classes"].values()]
+    responder.taught = [names, ["lung", "colon"], ["yes", "no"]]
+    kept = given.out / "calibration.json"
+    if not shipped:
+        temperature = round(fitted(likelihoods(responder, questions(rows))), 4)
+        facts = {"temperature": temperature, "fitted_on": f"{len(rows)} validation images"}
+        kept.write_text(json.dumps(facts | {"answers": responder.taught}, indent=1) + "\n")
+        print(facts, flush=True)
+    figures = measure(lambda asked: list(responder.answer(asked, Decoding(LENGTH))), rows)
     if not shipped:
         return
-    text = json.dumps({"images": len(rows), "questions": figures}, indent=1)
+    temperature = json.loads(kept.read_text())["temperature"]
+    sure = sureness(likelihoods(responder, questions(rows)), temperature)
+    print(sure, flush=True)
+    text = json.dumps({"images": len(rows), "questions": figures, "calibration": sure}, indent=1)
     (given.out / "metrics.json").write_text(text + "\n")
     size = weights.stat().st_size
-    (given.out / "README.md").write_text(card(run, figures, size), encoding="utf-8")
+    (given.out / "README.md").write_text(
+        card(run, figures, sure, temperature, size), encoding="utf-8"
+    )
 
 
 def few(rows: Sequence[Row], most: int | None) -> list[Row]:

@@ -25,14 +25,14 @@ from pathcli.yaml12 import parse_yaml
 QUESTIONS = Path(__file__).parents[1] / "assets" / "clover-mini" / "questions.yaml"
 LETTERS = "ABCDE"
 SHARES = {  # of the questions on one image
-    "tissue": 0.26,
-    "malignant": 0.16,
-    "benign": 0.1,
+    "tissue": 0.24,
+    "malignant": 0.2,
+    "benign": 0.14,
     "named": 0.12,
-    "organ": 0.04,
-    "either": 0.1,
-    "choice": 0.1,
-    "describe": 0.06,
+    "organ": 0.03,
+    "either": 0.09,
+    "choice": 0.07,
+    "describe": 0.05,
     "same": 0.06,
 }
 MORE = 8  # times as many questions on a colon patch, as there are few of them
@@ -99,18 +99,19 @@ def instructions(rows: Sequence[Row], asker: Asker, each: int, seed: int) -> Ite
     kinds, shares = list(SHARES), list(SHARES.values())
     for number, row in enumerate(rows):
         more = MORE if row["label"].startswith("colon") else 1
-        for kind in rng.choice(kinds, each * more, p=shares).tolist():
+        for index, kind in enumerate(rng.choice(kinds, each * more, p=shares).tolist()):
             images = [row["image"]]
             if kind == "same":
                 alike = rng.random() < 0.5
-                other = _one([r for r in rows if (r["label"] == row["label"]) == alike], rng)
+                others = [r for r in rows if (r["label"] == row["label"]) == alike]
+                other = _one([r for r in others if r is not row], rng)
                 images.append(other["image"])
                 said = _one(asker.words[kind], rng), _yes(other["label"] == row["label"])
             else:
                 said = asker.ask(kind, row["label"], rng)
             question = "<image>\n" * len(images) + said[0]
             yield {
-                "id": f"{number}-{kind}",
+                "id": f"{number}-{index}-{kind}",
                 "image": images if len(images) > 1 else images[0],
                 "conversations": [
                     {"from": "human", "value": question},
@@ -141,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--each", type=int, default=4, help="questions on an image")
+    parser.add_argument("--each", type=int, default=6, help="questions on an image")
     given = parser.parse_args()
     told = read_questions()
     asker, rows = Asker(told, "train"), read_rows(given.table, "train", told["classes"])

@@ -269,12 +269,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was answered, the images it rests on, and what the model knows; or why it was not."""
+    """What was said and by what; `confidence` is None where nobody calibrated the `scores`."""
 
     text: str
     abstained: bool
     scope: str
     evidence: tuple[str, ...] = ()
+    confidence: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

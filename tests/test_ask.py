@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import Run
+from numpy.typing import NDArray
 from PIL import Image
 
 from pathcli.errors import DataError, UsageError
-from pathcli.vlm.ask import UNKNOWN, ask
+from pathcli.types import ImageRef, Sample
+from pathcli.vlm.ask import UNKNOWN, Talk, answers, ask
+from pathcli.vlm.responders import Decoding
+from pathcli.weights import find
 
 
 @pytest.fixture
@@ -21,6 +27,14 @@ def noise(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def shipped() -> None:
+    for name in ("smollm2-135m", "minilm-tokenizer", "lite0"):
+        if not find(name):
+            pytest.skip(f"needs {name}: pathcli models pull {name}")
+
+
+@pytest.mark.usefixtures("shipped")
 def test_the_shipped_model_says_nothing_of_what_it_never_saw(noise: Path) -> None:
     found = ask([noise], "What tissue is this?")
     assert found.abstained
@@ -29,6 +43,7 @@ def test_the_shipped_model_says_nothing_of_what_it_never_saw(noise: Path) -> Non
     assert "lung" in found.scope
 
 
+@pytest.mark.usefixtures("shipped")
 def test_the_command_prints_scope_and_notice_beside_it(run: Run, noise: Path) -> None:
     code, out, err = run("ask", str(noise), "what tissue?")
     assert code == 0
@@ -38,6 +53,8 @@ def test_the_command_prints_scope_and_notice_beside_it(run: Run, noise: Path) ->
     code, out, _ = run("ask", str(noise), "what tissue?", "--json")
     assert code == 0
     assert json.loads(out) == {
+        "images": [str(noise)],
+        "question": "what tissue?",
         "answer": "",
         "confidence": None,
         "abstained": True,
@@ -51,22 +68,124 @@ def test_the_command_prints_scope_and_notice_beside_it(run: Run, noise: Path) ->
 def test_what_cannot_be_asked_is_one_clear_line(run: Run, noise: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="an image and a question"):
         ask([noise], "  ")
-    with pytest.raises(UsageError, match=r"slide\.svs is a slide, and ask reads patches"):
-        ask(["slide.svs"], "what?")
     with pytest.raises(DataError, match=r"none\.png"):
         ask(["none.png"], "what?")
-    code, _, err = run("ask", str(noise), "what?", "--run", str(tmp_path / "none"))
+    code, _, err = run("ask", str(noise), "what?", "--model", str(tmp_path / "none"))
     assert code == 5
-    assert "is no run" in err
+    assert "is not here; name a run's folder" in err
+    code, _, err = run("ask", str(noise), "what?", "--model", "cloverr-mini")
+    assert code == 2
+    assert "no model is called 'cloverr-mini'" in err
+    code, _, err = run("ask", str(noise), "what?", "--load", "4bits")
+    assert code == 2
+    assert "did you mean '4bit'?" in err
+    code, _, err = run("ask", str(noise))
+    assert code == 2
+    assert "an image and a question" in err
+    (tmp_path / "empty").mkdir()
+    code, _, err = run("ask", str(tmp_path / "empty"), "what?")
+    assert code == 4
+    assert "a folder without images" in err
+
+
+class Parrot:
+    """Says what it was asked and how many images it saw; knows what it was told before."""
+
+    name, digest, scope, batch = "parrot", "0" * 64, "nothing", 2
+    decoding = Decoding()
+    taught: Sequence[Sequence[str]] = (("one", "two"),)
+
+    def __init__(self, temperature: float | None = 1.0) -> None:
+        self.temperature = temperature
+
+    def prompt(self, sample: Sample) -> str:
+        return "<image>" * len(sample.images) + " ".join(sample.turns)
+
+    def unfamiliar(self, images: Sequence[ImageRef]) -> list[ImageRef]:
+        return [image for image in images if "odd" in str(image)]
+
+    def answer(self, samples: Sequence[Sample], decoding: Decoding | None = None) -> Iterator[str]:
+        for sample in samples:
+            yield "yes" if "?" in sample.turns[-1] else "one" if len(sample.turns) == 1 else "two"
+
+    def likelihoods(
+        self, samples: Sequence[Sample], options: Sequence[Sequence[str]]
+    ) -> list[NDArray[np.float64]]:
+        return [np.log([0.6, 0.2]) for _ in samples]
+
+
+def test_answers_carry_the_probabilities_of_what_a_question_allows() -> None:
+    samples = [
+        Sample("a", (image,), turns=(question,))
+        for image in ("a.png", "odd.png")
+        for question in ("Is it?", "Count them", "What?")
+    ]
+    found = answers(samples, Parrot())
+    assert [a.abstained for a in found] == [False] * 3 + [True] * 3
+    assert found[0].scores == {"yes": pytest.approx(0.75), "no": pytest.approx(0.25)}
+    assert found[0].confidence == pytest.approx(0.75)
+    assert found[1].scores["one"] == pytest.approx(0.75)  # an answer it was taught
+    assert found[2].scores == {}
+    assert found[2].confidence is None
+    assert found[3].evidence == ("odd.png",)
+    unsure = answers(samples[:1], Parrot(None))[0]
+    assert unsure.confidence is None  # nobody calibrated it
+    assert unsure.scores["yes"] == pytest.approx(0.75)
+
+
+def test_a_talk_remembers_what_was_said_and_not_what_was_not() -> None:
+    talk = Talk(["a.png"], Parrot(), 5)
+    assert talk.decoding.max_new_tokens == 5
+    assert (talk("Count").text, talk("Again").text) == ("one", "two")
+    assert talk.turns == ("Count", "one", "Again", "two")
+    odd = Talk(["odd.png"], Parrot())
+    assert odd("Count").abstained
+    assert odd.turns == ()
+
+
+def test_a_folder_of_images_and_a_file_of_questions_are_asked_one_by_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pathcli.vlm.responders.open_responder", lambda *_, **__: Parrot())
+    for name in ("b.png", "a.png", "odd.png", "notes.txt"):
+        (tmp_path / "images" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(b"")
+    (tmp_path / "q.txt").write_text("Is it?\n\nCount them\n")
+    folder, questions = str(tmp_path / "images"), str(tmp_path / "q.txt")
+    code, out, err = run("ask", folder, "--question-file", questions)
+    assert code == 0
+    lines = [line.removeprefix(folder + "/") for line in out.splitlines()]
+    assert lines == [
+        "a.png: Is it? yes (confidence 0.75)",
+        "a.png: Count them one (confidence 0.75)",
+        "b.png: Is it? yes (confidence 0.75)",
+        "b.png: Count them one (confidence 0.75)",
+        f"odd.png: Is it? no answer: {UNKNOWN}",
+        f"odd.png: Count them no answer: {UNKNOWN}",
+    ]
+    assert err.count("Research use only") == 1
+    code, out, _ = run("ask", folder, "Is it?", "--json")
+    assert [row["confidence"] for row in json.loads(out)] == [pytest.approx(0.75)] * 2 + [None]
+    code, out, _ = run("ask", folder, "Is it?", "--together", "--show-prompt")
+    assert out == "<image><image><image>Is it?\n"
+
+
+def test_a_talk_is_read_from_the_input_line_by_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pathcli.vlm.responders.open_responder", lambda *_, **__: Parrot())
+    monkeypatch.setattr("sys.stdin", io.StringIO("Count\nAgain\n\nCount\n"))
+    code, out, err = run("chat", "a.png")
+    assert code == 0
+    said = ["one (confidence 0.75)", "two (confidence 0.25)", "one (confidence 0.75)"]
+    assert out.splitlines() == said
+    assert "Research use only" in err
 
 
 @pytest.mark.data
 @pytest.mark.slow
+@pytest.mark.usefixtures("shipped")
 def test_the_shipped_model_answers_about_lung_patches(data: Path) -> None:
-    from pathcli.weights import find
-
-    if not find("smollm2-135m"):
-        pytest.skip("needs SmolLM2: pathcli models pull smollm2-135m")
     images = sorted((data / "lc25000-lung" / "images" / "lung_n").glob("*.jpeg"))[:1]
     found = ask(images, "What tissue is this?")
     assert not found.abstained

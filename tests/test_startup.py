@@ -39,6 +39,6 @@ def test_the_help_of_a_command_imports_no_torch(command: str) -> None:
 
 def test_every_file_of_commands_is_listed() -> None:
     folder = Path(sys.modules["pathcli.cli"].__file__ or "").parent
-    parts = {"--init--", "options", "show", "batch", "reference"}
+    parts = {"--init--", "options", "show", "batch", "reference", "ask-slides"}
     files = {p.stem.replace("_", "-") for p in folder.glob("*.py")}
     assert files - parts == set(COMMANDS)

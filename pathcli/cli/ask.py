@@ -1,59 +1,207 @@
-"""`pathcli ask`: images and a question in, an answer out."""
+"""`pathcli ask`: images and a question in, answers out."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pathcli.cli import options as o
+from pathcli.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pathcli.types import Answer, Sample
+    from pathcli.vlm.responders import Responder
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
-Images = Annotated[list[str], typer.Argument(help="Images of patches: PNG, JPEG, TIFF.")]
-Question = Annotated[str, typer.Argument(help='What to ask, in quotes: "what tissue?".')]
-RunFolder = Annotated[
-    Path | None,
-    typer.Option("--run", help="A run of yours [default: the shipped clover-mini].", metavar="DIR"),
+Asked = Annotated[
+    list[str],
+    typer.Argument(
+        help='Images, folders of images, or a slide; then the question: "what tissue?".',
+        metavar="IMAGES... QUESTION",
+    ),
 ]
-Most = Annotated[int, typer.Option("--max-tokens", help="Most tokens of an answer.", min=1)]
+QuestionFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--question-file", help="Text file, a question a line, instead of one.", metavar="FILE"
+    ),
+]
+Together = Annotated[
+    bool, typer.Option("--together", help="One question on all images at once, not on each.")
+]
+Load = Annotated[
+    str,
+    typer.Option(
+        "--load",
+        help="Numbers of the language model.",
+        metavar="auto|float32|bfloat16|float16|8bit|4bit",
+    ),
+]
+Encoder = Annotated[
+    str,
+    typer.Option(
+        "--encoder", help="Of a slide: what chooses tiles by the question.", metavar="NAME"
+    ),
+]
+Budget = Annotated[int, typer.Option("--budget", help="Of a slide: most tiles to read.", min=1)]
+Attend = Annotated[
+    Path | None,
+    typer.Option("--attend", help="Of a slide: choose tiles by a MIL run's attention, too."),
+]
+ShowPrompt = Annotated[
+    bool, typer.Option("--show-prompt", help="Print what the model reads, and ask nothing.")
+]
 
 
 @app.command()
 def ask(
-    images: Images,
-    question: Question,
-    run: RunFolder = None,
-    max_tokens: Most = 64,
+    images: Asked,
+    question_file: QuestionFile = None,
+    together: Together = False,
+    model: o.Model = o.SHIPPED,
+    load: Load = "auto",
+    max_tokens: o.MaxTokens = None,
+    show_prompt: ShowPrompt = False,
+    encoder: Encoder = "mini-clip",
+    budget: Budget = 16,
+    attend: Attend = None,
+    slide_mpp: o.SlideMpp = None,
+    out: o.Out = o.OUT,
+    store: o.StoreRoot = None,
     device: o.Device = "auto",
     json: o.Json = False,
 ) -> None:
-    """Ask a vision-language model about patches.
+    """Ask a vision-language model about patches, or a slide.
+
+    Every image is asked by itself. Of a slide the tiles that fit the question are read, and some
+    from everywhere beside them; the answer comes with them as a sheet, a table and GeoJSON.
 
     The shipped clover-mini knows three kinds of lung tissue, and abstains on images unlike any
-    it was trained on. No confidence is given: none has been calibrated yet.
+    it was trained on. A confidence is given where the question allows a few answers and somebody
+    calibrated the model on data that was kept apart.
     """
     from pathcli.cli import show  # noqa: PLC0415
-    from pathcli.types import NOTICE  # noqa: PLC0415
-    from pathcli.vlm.ask import ask as ask_of  # noqa: PLC0415
+    from pathcli.cli.ask_slides import SlideOptions, ask_slides  # noqa: PLC0415
+    from pathcli.slides.discovery import is_slide  # noqa: PLC0415
+    from pathcli.vlm.ask import answers, limited  # noqa: PLC0415
+    from pathcli.vlm.responders import open_responder  # noqa: PLC0415
 
-    o.check(None, device)
-    found = ask_of(images, question, run=run, device=device, max_new_tokens=max_tokens)
-    if json:
-        show.as_json(
-            {
-                "answer": "" if found.abstained else found.text,
-                "confidence": None,
-                "abstained": found.abstained,
-                "scores": {},
-                "evidence": list(found.evidence),
-                "scope": found.scope,
-                "notice": NOTICE,
-            }
-        )
+    o.check(slide_mpp, device)
+    places, questions = _split(images, question_file)
+    if any(map(is_slide, places)):
+        _refuse(places, together=together, show_prompt=show_prompt)
+        given = SlideOptions(encoder, budget, attend, slide_mpp, store, device, out)
+        responder = open_responder(model, device=device, load=load)
+        ask_slides(places, questions, responder, given, json=json)
         return
-    show.answer(f"no answer: {found.text}" if found.abstained else found.text)
-    if found.abstained:
-        show.say(f"unfamiliar: {', '.join(found.evidence)}")
-    show.say(f"scope: {found.scope}. {NOTICE}")
+    samples = _samples(places, questions, together=together)
+    responder = open_responder(model, device=device, load=load)
+    if show_prompt:
+        for sample in samples:
+            show.answer(responder.prompt(sample))
+        return
+    found = answers(samples, responder, limited(responder.decoding, max_tokens))
+    if json:
+        rows = [_row(sample, answer) for sample, answer in zip(samples, found, strict=True)]
+        show.as_json(rows[0] if len(rows) == 1 else rows)
+        return
+    _print(samples, found, responder)
+
+
+def _split(given: Sequence[str], file: Path | None) -> tuple[list[str], list[str]]:
+    """Return images and questions.
+
+    Raises:
+        UsageError: one of them is missing.
+        DataError: the file of questions cannot be read.
+    """
+    if file is None:
+        places, questions = list(given[:-1]), [given[-1]]
+    else:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            msg = f"{file}: questions cannot be read ({error})"
+            raise DataError(msg) from error
+        places, questions = list(given), [line.strip() for line in lines if line.strip()]
+    if not places or not questions or not questions[0].strip():
+        msg = "ask takes an image and a question: pathcli ask img.png 'what tissue?'"
+        raise UsageError(msg)
+    return places, questions
+
+
+def _refuse(places: Sequence[str], *, together: bool, show_prompt: bool) -> None:
+    """Refuse what cannot be asked of a slide.
+
+    Raises:
+        UsageError: images among slides, or an option that is of images alone.
+    """
+    from pathcli.slides.discovery import is_slide  # noqa: PLC0415
+
+    if images := [place for place in places if not is_slide(place)]:
+        msg = f"{images[0]} is no slide, and others here are; ask slides and images apart"
+        raise UsageError(msg)
+    if together or show_prompt:
+        msg = f"{'--together' if together else '--show-prompt'} is for images, not for slides"
+        raise UsageError(msg)
+
+
+def _samples(places: Sequence[str], questions: Sequence[str], *, together: bool) -> list[Sample]:
+    """Return every question on every image, or on all of them together."""
+    from pathcli.data.layouts import images_in  # noqa: PLC0415
+    from pathcli.types import Sample  # noqa: PLC0415
+
+    refs: list[str] = []
+    for place in places:
+        found = list(images_in(Path(place))) if Path(place).is_dir() else [place]
+        refs += map(str, found)
+        if not found:
+            msg = f"{place}: a folder without images"
+            raise DataError(msg)
+    sets = [tuple(refs)] if together else [(ref,) for ref in refs]
+    return [Sample(some[0], some, turns=(q,)) for some in sets for q in questions]
+
+
+def _row(sample: Sample, answer: Answer) -> dict[str, Any]:
+    """Return an answer as JSON values."""
+    from pathcli.types import NOTICE  # noqa: PLC0415
+
+    return {
+        "images": list(sample.images),
+        "question": sample.turns[-1],
+        "answer": "" if answer.abstained else answer.text,
+        "confidence": answer.confidence,
+        "abstained": answer.abstained,
+        "scores": dict(answer.scores),
+        "evidence": list(answer.evidence),
+        "scope": answer.scope,
+        "notice": NOTICE,
+    }
+
+
+def _print(samples: Sequence[Sample], found: Sequence[Answer], responder: Responder) -> None:
+    """Print a line an answer, and once what the model knows."""
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.types import NOTICE  # noqa: PLC0415
+
+    for sample, answer in zip(samples, found, strict=True):
+        asked = f"{sample.turns[-1]} " if len({s.turns for s in samples}) > 1 else ""
+        where = f"{', '.join(map(str, sample.images))}: " if len(samples) > 1 else ""
+        said = f"no answer: {answer.text}" if answer.abstained else answer.text
+        show.answer(f"{where}{asked}{said}{sure(answer)}")
+    strange = sorted({name for a in found if a.abstained for name in a.evidence})
+    if strange:
+        show.say(f"unfamiliar: {', '.join(strange)}")
+    if not all(a.abstained for a in found) and responder.temperature is None:
+        show.say("confidence: uncalibrated; nobody measured how often this model is right")
+    show.say(f"scope: {responder.scope}. {NOTICE}")
+
+
+def sure(answer: Answer) -> str:
+    """Return how sure a model is of an answer, in brackets, where somebody calibrated it."""
+    return "" if answer.confidence is None else f" (confidence {answer.confidence:.2f})"

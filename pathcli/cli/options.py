@@ -68,7 +68,20 @@ Runs = Annotated[Path, typer.Option("--out", help="Folder of run folders.", meta
 ReportFolder = Annotated[
     Path, typer.Option("--out", help="Folder of the report's folder.", metavar="DIR")
 ]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="clover-mini, a run or converted folder, hf:ID, or an endpoint's address.",
+        metavar="NAME|RUN|hf:ID|URL",
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", help="Most tokens of an answer [default: the model's].", min=1),
+]
 
+SHIPPED = "clover-mini"
 OUT = Path("pathcli-out")
 RUNS = Path("runs")
 

@@ -133,6 +133,13 @@ def answer(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
+def prompt(text: str) -> None:
+    """Print that a line is waited for, where a person can type one."""
+    if sys.stdin.isatty():
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
 def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 

@@ -121,7 +121,7 @@ def _finder(folder: Path, images: str) -> Callable[[str], Path | None]:
             if (at := root.joinpath(*parts[start:])).is_file():
                 return at
         if not by_stem:
-            for path in _images(root):
+            for path in images_in(root):
                 by_stem[folded(path.name)].append(path)
         alike = by_stem[folded(name)]
         return alike[0] if len(alike) == 1 else None
@@ -187,7 +187,8 @@ def _excel(path: Path) -> Iterator[list[str]]:
 # --- files -------------------------------------------------------------------------------
 
 
-def _images(folder: Path) -> Iterator[Path]:
+def images_in(folder: Path) -> Iterator[Path]:
+    """Yield the images in and below a folder, by path; hidden ones are left out."""
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
             yield path
@@ -200,7 +201,7 @@ def class_folders(folder: Path, splits: Mapping[str, str]) -> list[Row]:
     """
     above = folder.resolve().parts
     found = []
-    for path in _images(folder):
+    for path in images_in(folder):
         parts = path.relative_to(folder).parts
         split = next((s for s, name in splits.items() if name in (*above, *parts)), "")
         if not splits and len(parts) > 2 and spelt(parts[0]) in _SPLITS:  # noqa: PLR2004
@@ -212,7 +213,7 @@ def class_folders(folder: Path, splits: Mapping[str, str]) -> list[Row]:
 
 def file_names(layout: FileNames, folder: Path) -> Iterator[Row]:
     """Yield a row an image whose name has the form; others are of other parts of the set."""
-    for path in _images(folder):
+    for path in images_in(folder):
         if match := re.search(layout.pattern, path.name, re.IGNORECASE):
             known = match.groupdict()
             name = path.relative_to(folder).as_posix()

@@ -24,6 +24,24 @@ SLIDE_SUFFIXES = {
 }
 
 
+_LARGE = 80_000_000  # pixels: what a plain image may have; see `pathcli.data.images`
+
+
+def is_slide(path: Path | str) -> bool:
+    """Return whether a file is a slide by its name, or a TIFF too large for a plain image."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in {".tif", ".tiff"}:
+        return suffix in SLIDE_SUFFIXES
+    import tifffile  # noqa: PLC0415
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            page = file.pages.first
+            return bool(page.imagewidth * page.imagelength > _LARGE)
+    except (OSError, ValueError, IndexError):  # the reader of images says what is wrong with it
+        return False
+
+
 @dataclass(frozen=True)
 class Found:
     """One slide to work on, with the resolution a CSV gave for it (um per pixel).

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from pathcli.data.images import image_name, read_image
-from pathcli.device import pick_device
-from pathcli.encoders.imageset import centre_square
-from pathcli.encoders.mini_clip import MiniClip
+from pathcli.data.images import image_name
 from pathcli.errors import UsageError
-from pathcli.slides.discovery import SLIDE_SUFFIXES
 from pathcli.types import Answer, Sample
-from pathcli.vlm.responder import Responder
+from pathcli.vlm.asked import allowed, matched, probabilities
+from pathcli.vlm.responders import SHIPPED, open_responder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-SCOPE = (
-    "clover-mini was trained on patches of benign lung, lung adenocarcinoma and lung squamous "
-    "cell carcinoma of one data set, and on a few of colon; it can say which tissue it is and "
-    "whether it is malignant, in most wordings, and little else"
-)
-SLIDES = SLIDE_SUFFIXES - {".tif", ".tiff"}  # which patches have, too
+    from pathcli.types import ImageRef
+    from pathcli.vlm.responders import Decoding, Responder
+
+AT_ONCE = 64  # questions: what is encoded of their images is still there for all of it
 UNKNOWN = "outside what this model was trained on"
 
 
@@ -30,60 +26,112 @@ def ask(
     images: Sequence[str | Path],
     question: str,
     *,
-    run: Path | None = None,
+    model: str | Path = SHIPPED,
     device: str = "auto",
-    max_new_tokens: int = 64,
+    load: str = "auto",
+    max_new_tokens: int | None = None,
 ) -> Answer:
-    """Return the answer of a vision-language model to a question about images. Research use only.
-
-    The shipped clover-mini abstains where mini-clip finds an image unlike those both were
-    trained on; a run of yours always answers. Decoding is greedy, and no confidence is given.
+    """Return the answer of a vision-language model to one question. Research use only.
 
     Args:
-        images: files of images; a model may have been trained on one at a time.
+        images: files of images, shown together; a model may have been trained on one at a time.
         question: in plain words.
-        run: a finished run's folder, instead of clover-mini.
+        model: clover-mini, a run's folder, hf:ID or an endpoint; see `pathcli.vlm.responders`.
         device: auto, cpu, cuda, cuda:1 or mps.
+        load: the language model's numbers.
         max_new_tokens: most tokens of the answer.
 
     Raises:
-        UsageError: nothing is asked, or the run is of another task.
+        UsageError: nothing is asked, or the model is none.
         DataError: an image is not there, or cannot be read.
         ResourceError: a run or weights are not here.
     """
-    if not images or not question.strip():
+    refs = tuple(str(image) for image in images)
+    if not refs or not question.strip():
         msg = "ask takes an image and a question: pathcli ask img.png 'what tissue?'"
         raise UsageError(msg)
-    refs = tuple(str(image) for image in images)
-    if slides := [ref for ref in refs if _suffix(ref) in SLIDES]:
-        msg = f"{slides[0]} is a slide, and ask reads patches; cut one out, or: pathcli search"
-        raise UsageError(msg)
-    scope = SCOPE if run is None else f"what {run} was trained on, and nobody has measured here"
-    strange = unfamiliar(refs, device) if run is None else ()
-    if strange:
-        return Answer(UNKNOWN, abstained=True, scope=scope, evidence=strange)
-    responder = Responder.of(run, device)
-    (text,) = responder([Sample(refs[0], refs, turns=(question,))], max_new_tokens=max_new_tokens)
-    return Answer(text, abstained=False, scope=scope, evidence=refs)
+    responder = open_responder(str(model), device=device, load=load)
+    return Talk(refs, responder, max_new_tokens)(question)
 
 
-def _suffix(ref: str) -> str:
-    return ref[ref.rfind(".") :].lower()
+class Talk:
+    """Questions about the same images, each told with those before it and their answers."""
+
+    def __init__(
+        self, images: Sequence[str], responder: Responder, max_new_tokens: int | None = None
+    ) -> None:
+        """Begin without history."""
+        self.images, self.responder, self.turns = tuple(images), responder, tuple[str, ...]()
+        self.decoding = limited(responder.decoding, max_new_tokens)
+
+    def __call__(self, question: str) -> Answer:
+        """Return the answer to the next question; one that is not given is not remembered.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        sample = Sample(self.images[0], self.images, turns=(*self.turns, question))
+        (found,) = answers([sample], self.responder, self.decoding)
+        if not found.abstained:
+            self.turns = (*sample.turns, found.text)
+        return found
 
 
-def unfamiliar(refs: Sequence[str], device: str = "auto") -> tuple[str, ...]:
-    """Return which images look like nothing that mini-clip was trained on.
+def limited(decoding: Decoding, max_new_tokens: int | None) -> Decoding:
+    """Return a model's settings with at most so many tokens, where a number is given."""
+    if max_new_tokens is None:
+        return decoding
+    least = min(decoding.min_new_tokens, max_new_tokens)
+    return replace(decoding, max_new_tokens=max_new_tokens, min_new_tokens=least)
+
+
+def answers(
+    samples: Sequence[Sample], responder: Responder, decoding: Decoding | None = None
+) -> list[Answer]:
+    """Return an answer to each sample's last question, or the reason that there is none.
+
+    A model that can tell abstains where an image is unlike those it was trained on. Where the
+    question says which answers it allows, or the answer is one of those the model was taught,
+    the probabilities of all of them are given.
 
     Raises:
         DataError: an image cannot be read.
     """
-    import numpy as np  # noqa: PLC0415
-    import torch  # noqa: PLC0415
+    parts = [samples[i : i + AT_ONCE] for i in range(0, len(samples), AT_ONCE)]
+    return [found for part in parts for found in _answers(part, responder, decoding)]
 
-    judge = MiniClip()
-    squares = [centre_square(read_image(ref), judge.input_px) for ref in refs]
-    here = pick_device(device)
-    judge.load(here)
-    pixels: Any = torch.from_numpy(np.stack(squares)).to(here)
-    known = judge.familiar(judge.encode(pixels)).tolist()
-    return tuple(image_name(ref) for ref, is_known in zip(refs, known, strict=True) if not is_known)
+
+def _answers(
+    samples: Sequence[Sample], responder: Responder, decoding: Decoding | None
+) -> list[Answer]:
+    refs = list(dict.fromkeys(ref for sample in samples for ref in sample.images))
+    strange = set(responder.unfamiliar(refs))
+    known = [sample for sample in samples if strange.isdisjoint(sample.images)]
+    texts = dict(zip(map(id, known), responder.answer(known, decoding), strict=True))
+    options = {id(s): _options(s, texts[id(s)], responder.taught) for s in known}
+    weighed = [s for s in known if options[id(s)]]
+    found = probabilities(responder, weighed, [options[id(s)] for s in weighed]) or []
+    scores = {id(s): row.tolist() for s, row in zip(weighed, found, strict=False)}
+
+    def of(sample: Sample) -> Answer:
+        if id(sample) not in texts:
+            seen = _names([ref for ref in sample.images if ref in strange])
+            return Answer(UNKNOWN, abstained=True, scope=responder.scope, evidence=seen)
+        text, allow = texts[id(sample)], options[id(sample)]
+        each = dict(zip(allow, scores.get(id(sample), ()), strict=False))
+        sure = each.get(matched(text, allow) or "") if responder.temperature else None
+        seen = _names(sample.images)
+        return Answer(text, False, responder.scope, seen, sure, each)  # noqa: FBT003
+
+    return [of(sample) for sample in samples]
+
+
+def _options(sample: Sample, text: str, taught: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Return the answers that a question allows, or among which a model that was taught chose."""
+    if options := allowed(sample.turns[-1], taught):
+        return options
+    return next((tuple(some) for some in taught if matched(text, some)), ())
+
+
+def _names(refs: Sequence[ImageRef]) -> tuple[str, ...]:
+    return tuple(image_name(ref) for ref in refs)

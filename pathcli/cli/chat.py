@@ -1,0 +1,49 @@
+"""`pathcli chat`: questions about images, one after another, each read with those before it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from pathcli.cli import options as o
+from pathcli.cli.ask import Load, sure
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+Images = Annotated[list[str], typer.Argument(help="Images of patches, shown together.")]
+
+
+@app.command()
+def chat(
+    images: Images,
+    model: o.Model = o.SHIPPED,
+    load: Load = "auto",
+    max_tokens: o.MaxTokens = None,
+    device: o.Device = "auto",
+) -> None:
+    """Ask follow-up questions about the same images.
+
+    Type a question a line; an empty line begins anew, the end of input (Ctrl-D) ends. Images
+    are encoded once. Questions may also be piped in.
+    """
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.types import NOTICE  # noqa: PLC0415
+    from pathcli.vlm.ask import Talk  # noqa: PLC0415
+    from pathcli.vlm.responders import open_responder  # noqa: PLC0415
+
+    o.check(None, device)
+    responder = open_responder(model, device=device, load=load)
+    talk = Talk(images, responder, max_tokens)
+    show.say(f"scope: {responder.scope}. {NOTICE}")
+    while True:
+        show.prompt("> ")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if not line.strip():
+            talk = Talk(images, responder, max_tokens)
+            continue
+        found = talk(line.strip())
+        show.answer(f"no answer: {found.text}" if found.abstained else found.text + sure(found))
