@@ -22,6 +22,11 @@ TAUGHT = (NAMES, ("lung", "colon"))
         ("Please say whether cancer is present.", YES_NO),
         ("Malignancy, yes or no?", YES_NO),
         ("Yes/no: is it cancer?", YES_NO),
+        ("Can you see malignant cells?", YES_NO),
+        ("Would you call this malignant?", YES_NO),
+        ("Can you tell me if it is benign?", YES_NO),
+        ("Can you tell me what tissue this is?", ()),
+        ("Could you please name the organ?", ()),
         ("What tissue is this?", ()),
         ("Describe what can be seen.", ()),
         ("Island of cells: what is it?", ()),  # begins with "is", which is no word here

@@ -27,7 +27,7 @@ class Links(HTMLParser):
 def test_the_demo_leaves_a_page_that_needs_nothing_beside_it(
     slide_path: Path, store: Store, fake: type, tmp_path: Path
 ) -> None:
-    report = demo(slide_path, out=tmp_path / "out", store=store, encoder="fake")
+    report = demo(slide_path, out=tmp_path / "out", store=store, encoder="fake", ask=False)
     page = (tmp_path / "out" / "report.html").read_text()
     links = Links()
     links.feed(page)
@@ -48,14 +48,14 @@ def test_the_demo_takes_a_folder_of_one_slide_and_no_more(
 ) -> None:
     (tmp_path / "case").mkdir()
     one = slide_path.rename(tmp_path / "case" / "a.svs")
-    report = demo(one.parent, out=tmp_path / "out", store=store, encoder="fake", mpp=1.0)
+    report = demo(one.parent, out=tmp_path / "out", store=store, encoder="fake", mpp=1.0, ask=False)
     assert report.metrics["groups"]["value"] > 1
     page = (tmp_path / "out" / "report.html").read_text()
     assert "upsampled" in page  # what the terminal warns of, the page does too
     assert "--encoder fake --slide-mpp 1" in page
     (tmp_path / "case" / "b.svs").write_bytes(one.read_bytes())
     with pytest.raises(DataError, match="name one slide"):
-        demo(one.parent, out=tmp_path / "out", store=store, encoder="fake")
+        demo(one.parent, out=tmp_path / "out", store=store, encoder="fake", ask=False)
 
 
 def test_a_slide_without_tissue_has_no_map(tmp_path: Path, store: Store, fake: type) -> None:
@@ -63,7 +63,7 @@ def test_a_slide_without_tissue_has_no_map(tmp_path: Path, store: Store, fake: t
 
     path = synthetic.slide(tmp_path / "glass.svs", synthetic.picture(900, 900, (0, 0, 0, 0)))
     with pytest.raises(DataError, match="nothing to map"):
-        demo(path, out=tmp_path / "out", store=store, encoder="fake")
+        demo(path, out=tmp_path / "out", store=store, encoder="fake", ask=False)
     assert not (tmp_path / "out").exists()
 
 

@@ -22,6 +22,12 @@ def demo(
     ),
     encoder: o.Encoder = "lite0",
     slide_mpp: o.SlideMpp = None,
+    ask: Annotated[
+        bool, typer.Option("--ask/--no-ask", help="Ask the embedded clover-mini about it, too.")
+    ] = True,
+    patches: Annotated[
+        Path | None, typer.Option("--patches", help="A folder of patches to ask about.")
+    ] = None,
     device: o.Device = "auto",
     store: o.StoreRoot = None,
     json: o.Json = False,
@@ -39,6 +45,8 @@ def demo(
             store=o.open_store(store),
             encoder=encoder,
             mpp=slide_mpp,
+            ask=ask,
+            patches=o.folder(patches),
             device=device,
             progress=start(1, slide.name if slide else "demo slide"),
         )

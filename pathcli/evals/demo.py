@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pathcli.data.layouts import images_in
 from pathcli.encoders import build_encoder
 from pathcli.encoders.embedding import Embedder, EmbedRun, embed_summary
 from pathcli.errors import DataError
@@ -44,6 +45,8 @@ def demo(
     store: Store | None = None,
     encoder: str = "lite0",
     mpp: float | None = None,
+    ask: bool = True,
+    patches: Path | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Report:
@@ -55,6 +58,8 @@ def demo(
         store: where tiles and features are kept (default: the user's store).
         encoder: as `build_encoder` takes it.
         mpp: um per level-0 pixel where the slide's header has none.
+        ask: ask clover-mini about the slide, too.
+        patches: a folder of images to ask it about.
         device: as `embed` takes it.
         progress: called with (tiles done, tiles in all).
 
@@ -81,6 +86,13 @@ def demo(
     clock.append(("cluster", time.perf_counter()))
     sections = _pictures(path, run, labels, order)
     clock.append(("draw", time.perf_counter()))
+    if ask:
+        from pathcli.evals.demo_ask import asked_patches, asked_slide  # noqa: PLC0415
+
+        sections.append(asked_slide(path, embedder.store, mpp=mpp, device=device)[1])
+        if patches is not None:
+            sections.append(asked_patches(list(images_in(patches)), device=device))
+        clock.append(("ask", time.perf_counter()))
     report = _report(run, built, labels, clock, source.what if source else "the user's own")
     given = {"--slide": slide, "--encoder": encoder, "--slide-mpp": mpp, "--out": out}
     shown = [f"{name} {value}" for name, value in given.items() if value is not None]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pathcli.store import Store
-    from pathcli.types import Progress
+    from pathcli.types import ByteArray, Progress
     from pathcli.vlm.slide import Read, SlideAnswer
 
 _PLAIN = (0, 114, 178)
@@ -51,9 +51,7 @@ def write_evidence(folder: Path, answer: SlideAnswer) -> dict[str, str]:
     names = {"sheet": "sheet.png", "geojson": "tiles.geojson"}
     names |= {"table": "tiles.csv", "answer": "answer.json"}
     files = {kind: folder / name for kind, name in names.items()}
-    pixels = [read_image(Region(answer.slide, (t.x0, t.y0), t.side0)) for t in answer.tiles]
-    captions = [_caption(rank, tile) for rank, tile in enumerate(answer.tiles, 1)]
-    save_png(files["sheet"], sheet(pixels, captions))
+    save_png(files["sheet"], evidence_sheet(answer))
     with closing(open_slide(answer.slide)) as slide:
         bounds = slide.info.bounds
     ranked = enumerate(answer.tiles, 1)
@@ -62,6 +60,16 @@ def write_evidence(folder: Path, answer: SlideAnswer) -> dict[str, str]:
         data = text.encode("utf-8", "backslashreplace")
         write_bytes(files[kind], data, lambda _: None, "--out")
     return {kind: str(path) for kind, path in files.items()}
+
+
+def evidence_sheet(answer: SlideAnswer) -> ByteArray:
+    """Return the tiles an answer rests on as one picture, unfamiliar ones framed.
+
+    Raises:
+        DataError: the slide cannot be read again.
+    """
+    pixels = [read_image(Region(answer.slide, (t.x0, t.y0), t.side0)) for t in answer.tiles]
+    return sheet(pixels, [_caption(rank, tile) for rank, tile in enumerate(answer.tiles, 1)])
 
 
 def tile_rows(answer: SlideAnswer) -> list[dict[str, Any]]:

@@ -21,6 +21,11 @@ _ASKS = re.compile(
     r"\s*(?:is|are|was|were|do|does|did|has|have|had|can|could|would|will|should|may|might|must)\b",
     re.IGNORECASE,
 )
+_WRAPPED = re.compile(  # "can you tell me what ...": asked politely, and open
+    r"\s*(?:can|could|would|will|do)\s+you\s+(?:please\s+)?(?:know\s+|tell\s+(?:me\s+)?|say\s+)?"
+    r"(?:what|which|how|where|why|who|name|describe|identify|classify|explain|give|list)\b",
+    re.IGNORECASE,
+)
 _ANYWHERE = re.compile(r"\byes\s*(?:or|/)\s*no\b", re.IGNORECASE)
 _WHETHER = re.compile(r"^(?:please\s+)?(?:tell|say|state)\b.*?\b(?:if|whether)\b", re.IGNORECASE)
 _BEGINS = re.compile(r"(?:yes|no)\b|[a-h][.):]")
@@ -46,7 +51,8 @@ def allowed(question: str, taught: Sequence[Sequence[str]] = ()) -> tuple[str, .
     if _ANYWHERE.search(question) or _WHETHER.match(question):
         return YES_NO
     chooses = re.search(r"\bor\b(?! not\b)", question, re.IGNORECASE)
-    return YES_NO if _ASKS.match(question) and not chooses else ()
+    closed = _ASKS.match(question) and not chooses and not _WRAPPED.match(question)
+    return YES_NO if closed else ()
 
 
 def matched(answer: str, options: Sequence[str]) -> str | None:

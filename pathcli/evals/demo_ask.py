@@ -1,0 +1,85 @@
+"""The demo's last chapter: the embedded model is asked about the slide, and about patches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pathcli.data.images import read_image
+from pathcli.encoders import build_encoder
+from pathcli.encoders.embedding import Embedder
+from pathcli.evals.evidence import evidence_sheet
+from pathcli.evals.tile_sheet import sheet
+from pathcli.report import Picture, Section
+from pathcli.types import NOTICE, Sample
+from pathcli.vlm.ask import answers
+from pathcli.vlm.responders import open_responder
+from pathcli.vlm.slide import SlideAsker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from pathcli.store import Store
+    from pathcli.types import Answer
+    from pathcli.vlm.slide import SlideAnswer
+
+SLIDE_QUESTION = "Is there tumor?"
+PATCH_QUESTIONS = ("What tissue is this?", "Is it malignant?")
+SHOWN = 10  # patches
+_ABSTAINED = (
+    "It gives no answer, and that is right: {rule}. A model that answers here would be guessing. "
+    "Tiles framed in orange are the unfamiliar ones."
+)
+
+
+def asked_slide(
+    path: Path | str, store: Store, *, mpp: float | None = None, device: str = "auto"
+) -> tuple[SlideAnswer, Section]:
+    """Ask clover-mini about a slide; return what it said and a page's section about it.
+
+    Raises:
+        DataError: not a slide, or no tile on it.
+        ResourceError: weights are neither here nor to be had.
+    """
+    responder = open_responder(device=device)
+    embedder = Embedder(build_encoder("mini-clip"), store, device=device)
+    said = SlideAsker(SLIDE_QUESTION, responder, embedder, budget=10)(path, mpp=mpp)
+    told = f'Asked "{said.question}", {said.model} says: {said.text}. '
+    sure = "" if said.confidence is None else f"Confidence {said.confidence:.2f}. "
+    why = _ABSTAINED.format(rule=said.rule) if said.abstained else f"{sure}Rule: {said.rule}."
+    caption = f'Tiles chosen for "{said.about}", and some from everywhere. {NOTICE}'
+    page = Section(
+        "A question about the slide",
+        text=f"{told}{why} Scope: {said.scope}.",
+        code=f'pathcli ask {said.slide} "{said.question}"',
+        pictures=[Picture(evidence_sheet(said), caption, strip=True)],
+    )
+    return said, page
+
+
+def asked_patches(patches: Sequence[Path], *, device: str = "auto") -> Section:
+    """Ask clover-mini about the first of some patches; return a page's section.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    responder = open_responder(device=device)
+    samples = [
+        Sample(p.name, (str(p),), turns=(q,)) for p in patches[:SHOWN] for q in PATCH_QUESTIONS
+    ]
+    said = answers(samples, responder)
+    pairs = [said[i : i + len(PATCH_QUESTIONS)] for i in range(0, len(said), len(PATCH_QUESTIONS))]
+    captions = [[p.name, *map(_line, some)] for p, some in zip(patches, pairs, strict=False)]
+    pixels = [read_image(str(p)) for p in patches[:SHOWN]]
+    return Section(
+        "Questions about patches",
+        text=f"Asked of each: {' '.join(PATCH_QUESTIONS)} Confidences are calibrated on patches "
+        f"that training never saw. Scope: {responder.scope}.",
+        code=f'pathcli ask patch.png "{PATCH_QUESTIONS[0]}"',
+        pictures=[Picture(sheet(pixels, captions), NOTICE, strip=True)],
+    )
+
+
+def _line(answer: Answer) -> str:
+    sure = "" if answer.confidence is None else f" ({answer.confidence:.2f})"
+    return "no answer: unfamiliar" if answer.abstained else answer.text + sure
