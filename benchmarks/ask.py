@@ -4,11 +4,13 @@
 about an image, over transformers' own `generate` on embeddings that lie ready.
 `again`: images encoded by a first question on each of some images, and by a second.
 `folder`: questions answered in batches over the same ones one at a time.
+`slide`: of a question about a slide whose features are in the store, the share of the time that
+is neither making image tokens nor the language model.
 
 What is compared alternates; the median of the ratios of neighbours counts. Answers are as long
 as a limit says: the ends of an answer are switched off, so that both sides say as much.
 
-    python benchmarks/ask.py IMAGES [--model clover-mini] [--rounds 5] [--questions 32]
+    python benchmarks/ask.py IMAGES [--slide SLIDE --store DIR] [--model NAME] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -25,9 +27,13 @@ import numpy as np
 import torch
 
 from pathcli.data.layouts import images_in
+from pathcli.encoders import build_encoder
+from pathcli.encoders.embedding import Embedder
+from pathcli.store import Store
 from pathcli.types import Sample
 from pathcli.vlm.own import RunResponder
 from pathcli.vlm.responders import Decoding, open_responder
+from pathcli.vlm.slide import SlideAsker
 from pathcli.vlm.towers import sent
 
 QUESTION = "Describe the tissue in this image."
@@ -105,11 +111,50 @@ def folder(responder: RunResponder, images: Sequence[str], rounds: int) -> Line:
     return {"part": "folder", "questions": len(samples), "times_as_fast": found["ratio"], **found}
 
 
+def slide(responder: RunResponder, path: str, store: Path | None, rounds: int) -> Line:
+    """Time a question about a slide, and within it the encoder and the language model."""
+    spent = [0.0]
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:  # noqa: ANN401
+            begin = time.perf_counter()
+            found = call(*given, **named)
+            spent[0] += time.perf_counter() - begin
+            return found
+
+        return run
+
+    embedder = Embedder(build_encoder("mini-clip"), Store(store))
+    asker = SlideAsker("is there tumor?", responder, embedder)
+    known = asker(path)  # features go into the store
+    for place, name in (
+        (responder.seen.encoder, "encode"),
+        (responder.module, "generate"),
+        (responder.module, "likelihoods"),
+    ):
+        setattr(place, name, timed(getattr(place, name)))
+    shares, took = [], []
+    for _ in range(rounds):
+        responder.seen._kept.clear()  # noqa: SLF001 - as if it was asked for the first time
+        spent[0] = 0.0
+        took.append(seconds(lambda: asker(path)))
+        shares.append(1 - spent[0] / took[-1])
+    tiles = embedder(path).tiles
+    found = {
+        "tiles": tiles,
+        "read": len(known.tiles),
+        "share_else": round(statistics.median(shares), 4),
+    }
+    return {"part": "slide", **found, "seconds": round(statistics.median(took), 3)}
+
+
 def main() -> None:
     """Print a line a part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path)
     parser.add_argument("--model", default="clover-mini")
+    parser.add_argument("--slide")
+    parser.add_argument("--store", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--questions", type=int, default=32)
     given = parser.parse_args()
@@ -121,6 +166,8 @@ def main() -> None:
     for line in words(responder, images, given.rounds):
         print(json.dumps(line), flush=True)
     print(json.dumps(folder(responder, images, given.rounds)), flush=True)
+    if given.slide:
+        print(json.dumps(slide(responder, given.slide, given.store, given.rounds)), flush=True)
 
 
 if __name__ == "__main__":

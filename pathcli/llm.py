@@ -15,7 +15,6 @@ import hashlib
 import http.client
 import json
 import logging
-import os
 import threading
 import time
 import urllib.request
@@ -25,8 +24,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
 
+from pathcli.endpoints import KEYS, LOCAL, host_of, key
 from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.store.responses import response_key
 
@@ -39,10 +38,8 @@ log = logging.getLogger("pathcli")
 
 LONGEST_S = 120.0
 """No endpoint is waited for longer than this between two tries."""
-KEYS = ("PATHCLI_API_KEY", "OPENAI_API_KEY")
 TOP = 20
 """Likeliest first tokens that are asked for: the most an endpoint of this form gives."""
-_LOCAL = {"localhost", "127.0.0.1", "::1"}
 _LATER = {408, 425, 429, *range(500, 600)}
 
 
@@ -144,14 +141,11 @@ class Client:
             UsageError: not an address.
         """
         base, _, self._named = url.partition("#")
-        self.base = base.rstrip("/")
-        if urlsplit(base).scheme not in {"http", "https"} or not urlsplit(base).hostname:
-            msg = f"{url}: not an endpoint's address; it looks like http://HOST/v1#NAME"
-            raise UsageError(msg)
+        self.base, host = base.rstrip("/"), host_of(base)
         self.kept, self.budget, self.workers = kept, budget or Budget(), workers
         self.attempts, self.pause_s, self.timeout_s = attempts, pause_s, timeout_s
         handlers: list[urllib.request.BaseHandler] = [_Stay()]
-        if urlsplit(base).hostname in _LOCAL:
+        if host in LOCAL:
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
         self._limit = "max_tokens"  # as vLLM and Ollama call it
@@ -289,8 +283,8 @@ class Client:
 
     def _once(self, path: str, body: dict[str, Any] | None) -> Any:  # noqa: ANN401 - JSON
         headers = {"Content-Type": "application/json", "User-Agent": "pathcli"}
-        if key := _key():
-            headers["Authorization"] = f"Bearer {key}"
+        if known := key():
+            headers["Authorization"] = f"Bearer {known}"
         data = json.dumps(body).encode() if body else None
         request = urllib.request.Request(f"{self.base}/{path}", data, headers)  # noqa: S310 - checked
         try:
@@ -362,10 +356,6 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _key() -> str:
-    return next((value for name in KEYS if (value := os.environ.get(name, "").strip())), "")
-
-
 def _words(error: HTTPError) -> str:
     """Return an endpoint's own words on an error, in one line, without the key."""
     said: Any = ""
@@ -375,7 +365,7 @@ def _words(error: HTTPError) -> str:
         said = said.get("error", said.get("detail", said.get("message", said)))
         said = said.get("message", said)
     line = " ".join(str(said).split())[:300] or str(error.reason)
-    return line.replace(key, "***") if (key := _key()) else line
+    return line.replace(known, "***") if (known := key()) else line
 
 
 def _wait_s(said: str | None) -> float | None:

@@ -82,6 +82,12 @@ def test_what_cannot_be_asked_is_one_clear_line(run: Run, noise: Path, tmp_path:
     code, _, err = run("ask", str(noise))
     assert code == 2
     assert "an image and a question" in err
+    code, _, err = run("ask", str(noise), str(noise))
+    assert code == 2
+    assert "is a file, not a question" in err
+    code, _, err = run("ask", "a.svs", "what?", "--max-tokens", "5")
+    assert code == 2
+    assert "--max-tokens is for images" in err
     (tmp_path / "empty").mkdir()
     code, _, err = run("ask", str(tmp_path / "empty"), "what?")
     assert code == 4
@@ -105,8 +111,13 @@ class Parrot:
         return [image for image in images if "odd" in str(image)]
 
     def answer(self, samples: Sequence[Sample], decoding: Decoding | None = None) -> Iterator[str]:
+        self.asked = [*getattr(self, "asked", []), *samples]
+        if any("broken.png" in image for sample in samples for image in sample.images):
+            msg = "broken.png: not an image"
+            raise DataError(msg)
         for sample in samples:
-            yield "yes" if "?" in sample.turns[-1] else "one" if len(sample.turns) == 1 else "two"
+            said = "yes" if "?" in sample.turns[-1] else "one" if len(sample.turns) == 1 else "two"
+            yield "" if "..." in sample.turns[-1] else said
 
     def likelihoods(
         self, samples: Sequence[Sample], options: Sequence[Sequence[str]]
@@ -138,6 +149,8 @@ def test_a_talk_remembers_what_was_said_and_not_what_was_not() -> None:
     assert talk.decoding.max_new_tokens == 5
     assert (talk("Count").text, talk("Again").text) == ("one", "two")
     assert talk.turns == ("Count", "one", "Again", "two")
+    assert talk("...").text == ""
+    assert talk.turns == ("Count", "one", "Again", "two")
     odd = Talk(["odd.png"], Parrot())
     assert odd("Count").abstained
     assert odd.turns == ()
@@ -168,6 +181,38 @@ def test_a_folder_of_images_and_a_file_of_questions_are_asked_one_by_one(
     assert [row["confidence"] for row in json.loads(out)] == [pytest.approx(0.75)] * 2 + [None]
     code, out, _ = run("ask", folder, "Is it?", "--together", "--show-prompt")
     assert out == "<image><image><image>Is it?\n"
+
+
+def test_a_broken_image_stops_no_other_and_is_told(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pathcli.vlm.responders.open_responder", lambda *_, **__: Parrot(None))
+    for name in ("a.png", "broken.png", "c.png"):
+        (tmp_path / name).write_bytes(b"")
+    code, out, err = run("ask", str(tmp_path), "Is it?")
+    assert code == 3
+    assert out.splitlines() == [f"{tmp_path / name}: yes" for name in ("a.png", "c.png")]
+    assert "not an image" in err
+    assert "1 of 3 questions could not be asked" in err
+    assert err.count("uncalibrated") == 1
+    code, out, _ = run("ask", str(tmp_path), "Is it?", "--json")
+    assert code == 3
+    assert [row.get("error") for row in json.loads(out)] == [None, "broken.png: not an image", None]
+    code, _, err = run("ask", str(tmp_path / "broken.png"), "Is it?")
+    assert code == 4
+    assert err.startswith("error: broken.png: not an image")
+
+
+def test_that_a_question_is_closed_is_told_and_free_words_are_uncalibrated(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parrot = Parrot()
+    monkeypatch.setattr("pathcli.vlm.responders.open_responder", lambda *_, **__: parrot)
+    for question in ("Is it?", "What?"):
+        code, _, err = run("ask", "a.png", question)
+        assert code == 0
+        assert ("uncalibrated for answers in free words (1 of 1)" in err) == (question == "What?")
+    assert [sample.answer for sample in parrot.asked] == ["yes", ""]
 
 
 def test_a_talk_is_read_from_the_input_line_by_line(

@@ -39,7 +39,7 @@ def bare(wording: str) -> str:
     return " ".join(re.findall(r"[a-z{}]+", wording.lower()))
 
 
-def asked(asker: made.Asker, kind: str, label: str, n: int = 200) -> list[tuple[str, str]]:
+def asked(asker: made.Asker, kind: str, label: str, n: int = 1000) -> list[tuple[str, str]]:
     rng = np.random.default_rng(0)
     return [asker.ask(kind, label, rng) for _ in range(n)]
 
@@ -211,7 +211,7 @@ def test_images_of_other_splits_are_written_nowhere(written: Path) -> None:
     groups = {row["group"] for row in captions} | {r["group"] for r in told}
     assert groups == {f"train-{i}" for i in range(4)}
     assert len(captions) == 20
-    assert len(told) == 4 * (12 + 8 * made.MORE)
+    assert len(told) == 6 * (12 + 8 * made.MORE)
     unseen = {bare(w) for lists in TOLD["questions"].values() for w in lists["unseen"]}
     said = {bare(r["conversations"][0]["value"].replace("<image>", "")) for r in told}
     assert not said & unseen

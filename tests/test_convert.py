@@ -25,6 +25,7 @@ from pathcli.runs import read_run
 from pathcli.types import Sample
 from pathcli.vlm.convert import convert, files, settled
 from pathcli.vlm.own import RunResponder
+from pathcli.vlm.responders import open_responder
 
 State = dict[str, Tensor]
 HEADS = 24  # the width of a Q-Former with BERT-base's twelve heads
@@ -363,12 +364,17 @@ def test_what_is_no_checkpoint_is_refused_and_never_run(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="no such checkpoint"):
         convert(tmp_path / "none", out)
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text('{"model_type": "llava", "vision_config": {}}')
+    gemma = '{"model_type": "gemma3", "vision_config": {}, "mm_tokens_per_image": 256}'
+    (tmp_path / "hf" / "config.json").write_text(gemma)
     with pytest.raises(UsageError, match="asked as it is: --model"):
         convert(tmp_path / "hf", out)
     (tmp_path / "hf" / "config.json").unlink()
     with pytest.raises(UsageError, match="of no layout known here"):
         convert(tmp_path / "hf", out)
+    (tmp_path / "hf" / "config.json").write_text('{"mm_vision_tower": "openai/clip"}')
+    for source in (tmp_path / "hf", file):
+        with pytest.raises(UsageError, match=rf"run: pathcli models convert {source} OUT"):
+            open_responder(str(source))
 
 
 def test_the_command_says_what_was_found_and_what_comes_next(

@@ -232,7 +232,9 @@ def test_weights_and_words_change_the_digest(folder: Path) -> None:
     digests.add(HFResponder(str(folder), device="cpu", load="bfloat16").digest)
     (folder / "chat_template.jinja").write_text(LLAVA.replace("ASSISTANT", "MODEL"))
     digests.add(HFResponder(str(folder), device="cpu").digest)
-    assert len(digests) == 3
+    _settings(folder, repetition_penalty=2.0)
+    digests.add(HFResponder(str(folder), device="cpu").digest)
+    assert len(digests) == 4
 
 
 def test_what_is_missing_or_wrong_is_said_in_one_line(folder: Path) -> None:
@@ -255,6 +257,22 @@ def test_what_is_missing_or_wrong_is_said_in_one_line(folder: Path) -> None:
         HFResponder(str(folder), device="cpu")
     (folder / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(DataError, match="not a model of this transformers"):
+        HFResponder(str(folder), device="cpu")
+
+
+def test_a_folders_own_code_is_never_run_whatever_is_typed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    config = json.loads((folder / "config.json").read_text())
+    strange = config | {"model_type": "theirs", "auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(strange))
+    with pytest.raises(DataError, match="not a model of this transformers"):
+        HFResponder(str(folder), device="cpu")
+    (folder / "config.json").write_text(json.dumps(config))
+    told = {"processor_class": "Theirs", "auto_map": {"AutoProcessor": "code.Theirs"}}
+    (folder / "processor_config.json").write_text(json.dumps(told))
+    with pytest.raises(DataError, match="no processor of images and words"):
         HFResponder(str(folder), device="cpu")
 
 

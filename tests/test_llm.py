@@ -203,7 +203,7 @@ def test_nobody_there_is_said_at_once() -> None:
     with pytest.raises(ResourceError, match=rf"{url} cannot be reached.*is the server running"):
         Client(f"{url}#tiny").ask(ask())
     assert time.monotonic() - start < 0.9
-    for wrong in ("ftp://host/v1", "http:///v1#a", "host/v1"):
+    for wrong in ("ftp://host/v1", "http:///v1#a", "host/v1", "http://h:x/v1", "http://[::1/v1#a"):
         with pytest.raises(UsageError, match="http://HOST/v1#NAME"):
             Client(wrong)
 
@@ -234,6 +234,20 @@ def test_the_key_is_sent_and_never_told(
     monkeypatch.delenv("PATHCLI_API_KEY")
     client(server).ask(ask())
     assert server.headers[-1]["Authorization"] == "Bearer sk-other"
+
+
+def test_a_key_that_messages_would_show_is_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for address in ("http://me:sk-secret@host/v1", "http://host/v1?key=sk-secret#a"):
+        with pytest.raises(UsageError, match="PATHCLI_API_KEY") as caught:
+            Client(address)
+        assert "sk-secret" not in str(caught.value)
+    for key in ("sk-secret\nsk-other", "sk-secr\u20act"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UsageError, match="OPENAI_API_KEY is no key") as caught:
+            client(server).ask(ask())
+        assert "sk-" not in str(caught.value)
 
 
 def test_what_was_asked_once_is_not_asked_again(server: Server, tmp_path: Path) -> None:

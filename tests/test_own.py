@@ -165,6 +165,31 @@ def test_a_likelihood_is_the_sum_of_what_the_language_model_gives_each_token(
     assert all(row[0] > -0.2 for row in sure)  # what it was trained to say
 
 
+@pytest.mark.parametrize("place", ["first", "random"])
+def test_of_a_long_talk_options_are_weighed_after_what_the_answer_is_given_to_read(
+    trained: Trained, images: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    responder, (sample, *_) = RunResponder.of(trained[0], device="cpu"), four(images)
+    monkeypatch.setattr(responder.chat, "place", place)
+    sample = replace(sample, turns=(ASKED, "red", ASKED, "red cells", ASKED))
+    batch = responder.examples.ask([sample], np.random.default_rng(0))
+    if place == "first":
+        monkeypatch.setattr(responder.chat, "limit", batch["ids"].shape[1] - 20)
+        batch = responder.examples.ask([sample], np.random.default_rng(0))
+    told = responder.examples([replace(four(images)[0], answer="blue")], np.random.default_rng(0))
+    ids = told["ids"][0, told["labels"][0] != -100]
+    long = dict(batch)
+    for name, value in (("ids", ids), ("mask", ids >= 0), ("image", ids < 0)):
+        long[name] = torch.cat([batch[name], value[None]], 1)
+    with torch.inference_mode():
+        given = long | {"labels": torch.full_like(long["ids"], -100)}
+        logits = responder.module.logits(given)[0].log_softmax(-1)
+    wanted = sum(logits[i - 1 - len(ids), t].item() for i, t in enumerate(ids))
+    for _ in range(3):
+        (found,) = responder.likelihoods([sample], [["blue"]])
+        assert found[0] == pytest.approx(wanted, abs=1e-3)
+
+
 def test_the_prompt_is_shown_as_it_is_read(trained: Trained, images: Path) -> None:
     responder = RunResponder.of(trained[0], device="cpu")
     shown = responder.prompt(asked(images)[-1])

@@ -19,6 +19,9 @@ from pathcli.evals.vqa import evaluate, read_predictions
 from pathcli.evals.vqa_data import read_questions
 from pathcli.evals.vqa_judge import judge, judge_interval
 from pathcli.evals.vqa_report import write_vqa
+from pathcli.metrics.vqa_text import multiset_recall, pa_llava_text
+from pathcli.vlm.language import HFLanguage
+from pathcli.weights import sha256
 
 __all__ = ["_patches", "bert", "folder", "images", "llama"]  # fixtures
 
@@ -53,6 +56,10 @@ def test_what_a_file_of_answers_lacks_or_has_too_much_of_is_one_line(folder: Pat
     path.write_text("id,prediction\nred open,a\nred open,b\n")
     with pytest.raises(DataError, match="id 'red open' has two predictions"):
         read_predictions(path, questions)
+    for order in ("5", "shuffled", "[0]", '[""0"",1,2]'):
+        path.write_text(f'id,prediction,order\nred choice,a,"{order}"\n')
+        with pytest.raises(DataError, match=r"'red choice': order .* is none of its options"):
+            read_predictions(path, questions)
     path.write_text("id,said\nred open,a\n")
     with pytest.raises(DataError, match="record 1 needs id and prediction, it has id, said"):
         read_predictions(path, questions)
@@ -82,6 +89,7 @@ def test_a_permuted_run_is_measured_alike_from_its_own_file(folder: Path) -> Non
     )
     page = write_vqa(folder / "report", outcome, "pathcli vqa-eval")
     again = read_predictions(page.with_name("predictions.jsonl"), asked(folder))
+    assert again.model == "report"  # all are called predictions.jsonl: the folder tells them apart
     assert again.answers == outcome.ours.answers
     kept = json.loads(page.with_name("metrics.json").read_text())
     assert kept["metrics"]["consistency"]["value"] == 1
@@ -107,6 +115,7 @@ def test_the_command_scores_a_file_without_images_or_model(folder: Path, run: Ru
     found = json.loads(out)
     assert found["metrics"]["closed-first-word"]["value"] == 1
     assert found["provenance"]["comparison"][1]["difference"]["value"] == 0.5
+    assert found["provenance"]["compared_with_sha256"] == sha256(theirs)
     assert found["notice"] == "Research use only; not for diagnosis."
     code, out, _ = run(*given, "--limit", "3", "--out", str(folder / "out"))
     assert code == 0
@@ -124,11 +133,21 @@ def test_a_real_run_answers_from_its_folder_and_goes_on_from_what_it_kept(
     once = {"epochs": 1, "batch": 4, "lr": 5e-3, "schedule": "constant"}
     place, _ = run_of(recipe(llama, images, tmp_path / "data", train=once), tmp_path)
     given = ["vqa-eval", str(folder / "q.json"), "--model", str(place), "--device", "cpu"]
-    code, out, err = run(*given, "--limit", "2", "--json", "--out", str(tmp_path / "out"))
+    code, out, err = run(
+        *given, "--limit", "2", "--json", "--tokens", llama, "--out", str(tmp_path / "out")
+    )
     assert code == 0, err
     found = json.loads(out)
     read = found["provenance"]["as_read"]
     assert "USER: <image>" in read["closed"]["text"]
+    recall = found["metrics"]["recall-pa-llava"]["value"]
+    cut = HFLanguage(model=llama).tokenizer.tokenize
+    lines = Path(found["report"]).with_name("predictions.jsonl").read_text().splitlines()
+    by_hand = [
+        multiset_recall(*(cut(pa_llava_text(row[name])) for name in ("prediction", "answer")))
+        for row in map(json.loads, lines)
+    ]
+    assert recall == pytest.approx(np.mean(by_hand), abs=1e-4)
     assert "Is it red?" in read["closed"]["text"]
     kept = (tmp_path / "out" / "responses.jsonl").read_text().splitlines()
     assert len(kept) == found["provenance"]["counts"]["answers"] == 2
@@ -163,7 +182,7 @@ def test_a_judge_marks_open_answers_and_what_it_does_not_mark_is_counted(folder:
     assert (found.judge, found.unread, len(strict.told)) == ("strict", 0, 1)  # one is empty
     assert "The pathologist: a red square\nThe other: a red circle" in strict.told[0]
     assert judge_interval(answered(questions, TEXTS), found, FEW).value == 4.5
-    for reply, mark in (("10", 10), ("0", np.nan), ("12", np.nan), ("Score: 3", 3), ("", np.nan)):
+    for reply, mark in (("10", 10), ("0", np.nan), ("12", np.nan), ("1 to 10: 3", 3), ("", np.nan)):
         marked = judge(answered(questions, TEXTS), Judge(lambda _, r=reply: r))  # type: ignore[arg-type]
         np.testing.assert_array_equal(marked.marks[1], mark)
         assert marked.unread == int(np.isnan(mark))

@@ -69,6 +69,12 @@ def test_an_answer_that_is_none_of_the_options_is_counted(tmp_path: Path) -> Non
     }
 
 
+def test_true_and_false_are_yes_and_no(tmp_path: Path) -> None:
+    rows = [{"question": "Is it?", "answer": answer, "image": "a"} for answer in (True, False)]
+    found = read_questions(str(table(tmp_path / "q.json", rows))).questions
+    assert [(q.answer, q.kind) for q in found] == [("yes", "closed"), ("no", "closed")]
+
+
 def test_an_empty_set_and_an_id_told_twice_are_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no question is left"):
         read_questions(str(table(tmp_path / "q.json", [])))
@@ -197,8 +203,7 @@ def test_prompts_are_those_of_the_model_then_of_the_set_unless_one_is_named() ->
     quilt = prompt_of(None, SetCard(), "Quilt-LLaVA-v1.5-7b")
     assert quilt.words(closed) == "Is it? Please choose from the following two options: [yes, no]"
     assert prompt_of(None, cards()["pathmmu"], "m").words(choice, (1, 0)) == (
-        "Which?\n\n(A) y\n(B) x\n\n\nAnswer with the option's letter from the given choices "
-        "directly."
+        "Which?\n(A) y\n(B) x\n\nAnswer with the option's letter from the given choices directly."
     )
     assert prompt_of(None, SetCard(), "m").words(choice) == "Which?\nA: x\nB: y"
     clover = prompt_of("clover", SetCard(), "m")

@@ -184,6 +184,9 @@ def test_blind_shows_every_question_another_image(folder: Path) -> None:
     found = run_vqa(asked(folder), fake, folder / "r.jsonl", prompts()["plain"], blind=True)
     assert all(s.name.split()[0] not in Path(str(s.images[0])).stem for s in fake.asked)
     assert found.model == "fake, blind"
+    Image.open(folder / "red.png").save(folder / "blue.png")  # two files, one picture
+    with pytest.raises(UsageError, match="has one image"):
+        run_vqa(asked(folder), fake, folder / "r.jsonl", prompts()["plain"], blind=True)
 
 
 # --- options in other orders -------------------------------------------------------------
@@ -226,6 +229,10 @@ def test_yes_and_no_as_options_may_be_answered_by_letter(folder: Path) -> None:
     questions = read_questions(str(folder / "yn.json"))
     assert answered(questions, {"0": "B"}).values["closed-first-word"].tolist() == [1]
     assert answered(questions, {"0": "A: yes"}).values["closed-first-word"].tolist() == [0]
+    first = answered(questions, {"0": "No. A yes would need mitoses."})
+    assert first.values["closed-first-word"].tolist() == [1]  # the first, not the last
+    published = answered(questions, {"0": "B"}).values
+    assert published["closed-llava-med"].tolist() == published["exact"].tolist() == [0]
 
 
 # --- numbers -----------------------------------------------------------------------------
@@ -302,5 +309,7 @@ def test_two_models_are_compared_on_the_same_questions(folder: Path) -> None:
     assert found["overall"].ours == 1
     assert found["overall"].difference.value == pytest.approx(1 - 2.5 / 6)
     assert found["choice"].theirs == 0.5
+    one = ours.of(questions.first(1))  # of one kind: its rule once, its p not adjusted for two
+    assert [row.rule for row in compare(one, one, FEW)] == ["closed-first-word"]
     with pytest.raises(DataError, match="answered other questions"):
         compare(ours, ours.of(questions.first(2)))

@@ -169,15 +169,16 @@ TISSUE = ("Normal tissue", "Benign tumor", "In situ cancer", "Invasive cancer")
 
 
 def test_choice_rules_differ_as_their_parsers_do() -> None:
-    replies = ["B: Benign tumor", "A benign tumor", "(B)", "tumor", "B) benign"]
+    replies = ["B: Benign tumor", "A benign tumor", "(B)", "tumor", "B) benign", "Benign tumor"]
     table = {
-        rule: vqa.scores(rule, replies, ["B"] * 5, [TISSUE] * 5).tolist()
+        rule: vqa.scores(rule, replies, ["B"] * 6, [TISSUE] * 6).tolist()
         for rule in ("choice", "choice-pathmmu", "choice-pa-llava")
     }
     assert table == {
-        "choice": [1, 1, 1, 0, 1],
-        "choice-pathmmu": [0, 0, 1, 0, 0],  # no form fits; the article; (B); nothing; no form
-        "choice-pa-llava": [1, 0, 0, 0, 0],  # "B"; else not the bare letter
+        "choice": [1, 1, 1, 0, 1, 1],
+        # no form fits; the article; (B); nothing; no form; its text, as main.py has it
+        "choice-pathmmu": [0, 0, 1, 0, 0, 1],
+        "choice-pa-llava": [1, 0, 0, 0, 0, 0],  # "B"; else not the bare letter
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,10 +12,10 @@ from pathcli.cli import options as o
 from pathcli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from pathcli.types import Answer, Sample
-    from pathcli.vlm.responders import Responder
+    from pathcli.vlm.responders import Decoding, Responder
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -88,13 +89,16 @@ def ask(
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.cli.ask_slides import SlideOptions, ask_slides  # noqa: PLC0415
     from pathcli.slides.discovery import is_slide  # noqa: PLC0415
-    from pathcli.vlm.ask import answers, limited  # noqa: PLC0415
+    from pathcli.vlm.ask import limited, told  # noqa: PLC0415
     from pathcli.vlm.responders import open_responder  # noqa: PLC0415
 
     o.check(slide_mpp, device)
     places, questions = _split(images, question_file)
     if any(map(is_slide, places)):
-        _refuse(places, together=together, show_prompt=show_prompt)
+        _refuse(
+            places,
+            {"--together": together, "--show-prompt": show_prompt, "--max-tokens": max_tokens},
+        )
         given = SlideOptions(encoder, budget, attend, slide_mpp, store, device, out)
         responder = open_responder(model, device=device, load=load)
         ask_slides(places, questions, responder, given, json=json)
@@ -103,14 +107,9 @@ def ask(
     responder = open_responder(model, device=device, load=load)
     if show_prompt:
         for sample in samples:
-            show.answer(responder.prompt(sample))
+            show.answer(responder.prompt(told(sample, responder.taught)))
         return
-    found = answers(samples, responder, limited(responder.decoding, max_tokens))
-    if json:
-        rows = [_row(sample, answer) for sample, answer in zip(samples, found, strict=True)]
-        show.as_json(rows[0] if len(rows) == 1 else rows)
-        return
-    _print(samples, found, responder)
+    _ask_images(samples, responder, limited(responder.decoding, max_tokens), json=json)
 
 
 def _split(given: Sequence[str], file: Path | None) -> tuple[list[str], list[str]]:
@@ -122,6 +121,9 @@ def _split(given: Sequence[str], file: Path | None) -> tuple[list[str], list[str
     """
     if file is None:
         places, questions = list(given[:-1]), [given[-1]]
+        if places and os.path.exists(given[-1]):  # noqa: PTH110 - a Path bears no long question
+            msg = f"{given[-1]} is a file, not a question; the question comes last"
+            raise UsageError(msg)
     else:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
@@ -135,7 +137,7 @@ def _split(given: Sequence[str], file: Path | None) -> tuple[list[str], list[str
     return places, questions
 
 
-def _refuse(places: Sequence[str], *, together: bool, show_prompt: bool) -> None:
+def _refuse(places: Sequence[str], given: Mapping[str, object]) -> None:
     """Refuse what cannot be asked of a slide.
 
     Raises:
@@ -146,8 +148,8 @@ def _refuse(places: Sequence[str], *, together: bool, show_prompt: bool) -> None
     if images := [place for place in places if not is_slide(place)]:
         msg = f"{images[0]} is no slide, and others here are; ask slides and images apart"
         raise UsageError(msg)
-    if together or show_prompt:
-        msg = f"{'--together' if together else '--show-prompt'} is for images, not for slides"
+    for name in [name for name, value in given.items() if value]:
+        msg = f"{name} is for images, not for slides"
         raise UsageError(msg)
 
 
@@ -171,9 +173,7 @@ def _row(sample: Sample, answer: Answer) -> dict[str, Any]:
     """Return an answer as JSON values."""
     from pathcli.types import NOTICE  # noqa: PLC0415
 
-    return {
-        "images": list(sample.images),
-        "question": sample.turns[-1],
+    return _asked(sample) | {
         "answer": "" if answer.abstained else answer.text,
         "confidence": answer.confidence,
         "abstained": answer.abstained,
@@ -184,21 +184,78 @@ def _row(sample: Sample, answer: Answer) -> dict[str, Any]:
     }
 
 
-def _print(samples: Sequence[Sample], found: Sequence[Answer], responder: Responder) -> None:
-    """Print a line an answer, and once what the model knows."""
-    from pathcli.cli import show  # noqa: PLC0415
-    from pathcli.types import NOTICE  # noqa: PLC0415
+def _asked(sample: Sample) -> dict[str, Any]:
+    return {"images": list(sample.images), "question": sample.turns[-1]}
 
-    for sample, answer in zip(samples, found, strict=True):
-        asked = f"{sample.turns[-1]} " if len({s.turns for s in samples}) > 1 else ""
+
+def _ask_images(
+    samples: Sequence[Sample], responder: Responder, decoding: Decoding, *, json: bool
+) -> None:
+    """Print a line an answer as they come, and once what the model knows; or all as JSON.
+
+    An image that cannot be read stops no other; the exit code tells of it.
+    """
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.cli.batch import PARTIAL  # noqa: PLC0415
+
+    several = len({s.turns for s in samples}) > 1
+    rows: list[dict[str, Any]] = []
+    found: list[Answer] = []
+    for sample, answer in _answered(samples, responder, decoding):
+        if isinstance(answer, DataError):
+            if len(samples) == 1:
+                raise answer
+            show.error(str(answer))
+            rows.append(_asked(sample) | {"error": str(answer)})
+            continue
+        found.append(answer)
+        if json:
+            rows.append(_row(sample, answer))
+            continue
+        asked = f"{sample.turns[-1]} " if several else ""
         where = f"{', '.join(map(str, sample.images))}: " if len(samples) > 1 else ""
         said = f"no answer: {answer.text}" if answer.abstained else answer.text
         show.answer(f"{where}{asked}{said}{sure(answer)}")
+    if json:
+        show.as_json(rows[0] if len(rows) == 1 else rows)
+    else:
+        _tell(found, responder)
+    if len(found) < len(samples):
+        show.say(f"{len(samples) - len(found)} of {len(samples)} questions could not be asked")
+        raise typer.Exit(PARTIAL if found else DataError.exit_code)
+
+
+def _answered(
+    samples: Sequence[Sample], responder: Responder, decoding: Decoding
+) -> Iterator[tuple[Sample, Answer | DataError]]:
+    """Yield every sample with its answer, or with why it could not be asked."""
+    from pathcli.vlm.ask import AT_ONCE, answers  # noqa: PLC0415
+
+    def tried(part: Sequence[Sample]) -> list[Answer | DataError]:
+        try:
+            return [*answers(part, responder, decoding)]
+        except DataError as error:
+            half = len(part) // 2
+            return [*tried(part[:half]), *tried(part[half:])] if half else [error]
+
+    for start in range(0, len(samples), AT_ONCE):
+        part = samples[start : start + AT_ONCE]
+        yield from zip(part, tried(part), strict=True)
+
+
+def _tell(found: Sequence[Answer], responder: Responder) -> None:
+    """Print what the answers are worth: what is unfamiliar, who calibrated them, the scope."""
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.types import NOTICE  # noqa: PLC0415
+
     strange = sorted({name for a in found if a.abstained for name in a.evidence})
     if strange:
         show.say(f"unfamiliar: {', '.join(strange)}")
-    if not all(a.abstained for a in found) and responder.temperature is None:
+    given = [a for a in found if not a.abstained]
+    if given and responder.temperature is None:
         show.say("confidence: uncalibrated; nobody measured how often this model is right")
+    elif free := sum(a.confidence is None for a in given):
+        show.say(f"confidence: uncalibrated for answers in free words ({free} of {len(found)})")
     show.say(f"scope: {responder.scope}. {NOTICE}")
 
 

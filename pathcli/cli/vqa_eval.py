@@ -68,6 +68,14 @@ Judge = Annotated[
         "--judge", help="A language model marks open answers, 1-10.", metavar="http://HOST/v1#NAME"
     ),
 ]
+Tokens = Annotated[
+    str | None,
+    typer.Option(
+        "--tokens",
+        help="Recall by a language model's tokens too (PA-LLaVA's): a hub's ID or folder.",
+        metavar="MODEL",
+    ),
+]
 Permute = Annotated[
     int, typer.Option("--permute", help="Orders of options that are asked.", metavar="N", min=1)
 ]
@@ -93,6 +101,7 @@ def vqa_eval(
     permute: Permute = 1,
     blind: Blind = False,
     judge: Judge = None,
+    tokens: Tokens = None,
     device: o.Device = "auto",
     load: LoadAs = "auto",
     out: o.ReportFolder = o.OUT,
@@ -128,6 +137,7 @@ def vqa_eval(
             predictions=predictions,
             rival=compare,
             judged_by=judge,
+            tokens_of=tokens,
             progress=start(1, dataset),
         )
     _tell(outcome, out, json=json)

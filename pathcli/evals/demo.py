@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pathcli.data.layouts import images_in
 from pathcli.encoders import build_encoder
 from pathcli.encoders.embedding import Embedder, EmbedRun, embed_summary
 from pathcli.errors import DataError
+from pathcli.evals.demo_ask import asked
 from pathcli.report import Picture, Section, html_page, json_text, metric, pairs, versions
 from pathcli.slides import discover, open_slide
 from pathcli.slides.overlay import PALETTE, draw_labels, draw_tiles
@@ -87,11 +87,7 @@ def demo(
     sections = _pictures(path, run, labels, order)
     clock.append(("draw", time.perf_counter()))
     if ask:
-        from pathcli.evals.demo_ask import asked_patches, asked_slide  # noqa: PLC0415
-
-        sections.append(asked_slide(path, embedder.store, mpp=mpp, device=device)[1])
-        if patches is not None:
-            sections.append(asked_patches(list(images_in(patches)), device=device))
+        sections += asked(path, embedder.store, patches, mpp=mpp, device=device)
         clock.append(("ask", time.perf_counter()))
     report = _report(run, built, labels, clock, source.what if source else "the user's own")
     given = {"--slide": slide, "--encoder": encoder, "--slide-mpp": mpp, "--out": out}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pathcli.data.images import read_image
+from pathcli.data.layouts import images_in
 from pathcli.encoders import build_encoder
 from pathcli.encoders.embedding import Embedder
 from pathcli.evals.evidence import evidence_sheet
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from pathcli.store import Store
     from pathcli.types import Answer
-    from pathcli.vlm.slide import SlideAnswer
+    from pathcli.vlm.responders import Responder
 
 SLIDE_QUESTION = "Is there tumor?"
 PATCH_QUESTIONS = ("What tissue is this?", "Is it malignant?")
@@ -32,38 +33,38 @@ _ABSTAINED = (
 )
 
 
-def asked_slide(
-    path: Path | str, store: Store, *, mpp: float | None = None, device: str = "auto"
-) -> tuple[SlideAnswer, Section]:
-    """Ask clover-mini about a slide; return what it said and a page's section about it.
+def asked(
+    path: Path | str, store: Store, patches: Path | None, *, mpp: float | None, device: str
+) -> list[Section]:
+    """Ask clover-mini about a slide, and about a folder of patches; return a page's sections.
 
     Raises:
-        DataError: not a slide, or no tile on it.
+        DataError: not a slide, no tile on it, or an image cannot be read.
         ResourceError: weights are neither here nor to be had.
     """
     responder = open_responder(device=device)
+    sections = [_slide(path, store, responder, mpp=mpp, device=device)]
+    return sections + ([_patches(list(images_in(patches)), responder)] if patches else [])
+
+
+def _slide(
+    path: Path | str, store: Store, responder: Responder, *, mpp: float | None, device: str
+) -> Section:
     embedder = Embedder(build_encoder("mini-clip"), store, device=device)
     said = SlideAsker(SLIDE_QUESTION, responder, embedder, budget=10)(path, mpp=mpp)
     told = f'Asked "{said.question}", {said.model} says: {said.text}. '
     sure = "" if said.confidence is None else f"Confidence {said.confidence:.2f}. "
     why = _ABSTAINED.format(rule=said.rule) if said.abstained else f"{sure}Rule: {said.rule}."
     caption = f'Tiles chosen for "{said.about}", and some from everywhere. {NOTICE}'
-    page = Section(
+    return Section(
         "A question about the slide",
         text=f"{told}{why} Scope: {said.scope}.",
         code=f'pathcli ask {said.slide} "{said.question}"',
         pictures=[Picture(evidence_sheet(said), caption, strip=True)],
     )
-    return said, page
 
 
-def asked_patches(patches: Sequence[Path], *, device: str = "auto") -> Section:
-    """Ask clover-mini about the first of some patches; return a page's section.
-
-    Raises:
-        DataError: an image cannot be read.
-    """
-    responder = open_responder(device=device)
+def _patches(patches: Sequence[Path], responder: Responder) -> Section:
     samples = [
         Sample(p.name, (str(p),), turns=(q,)) for p in patches[:SHOWN] for q in PATCH_QUESTIONS
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from pathcli.evals.vqa_cards import prompt_of
 from pathcli.evals.vqa_data import MISSING, with_images
 from pathcli.evals.vqa_judge import WORDS, judge, judge_interval
 from pathcli.evals.vqa_scores import Answered, Outcome, Prediction, measure_vqa
+from pathcli.evals.vqa_tokens import token_rules
 from pathcli.llm import Client
 from pathcli.metrics.answers import orders
 from pathcli.store.responses import Responses, response_key
@@ -25,7 +27,7 @@ from pathcli.types import Sample, silent
 from pathcli.weights import sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from pathcli.evals.vqa_cards import Prompt
     from pathcli.evals.vqa_data import Question, QuestionSet
@@ -37,6 +39,7 @@ TEXT = ("prediction", "predict_ans", "text")
 """What a column of answers may be called: ours, CLOVER's, LLaVA's."""
 
 _CLOSED = "yes"  # told of every closed question: that it is one, never what is right
+_OURS = "predictions"  # what each of our reports calls the file: its folder says whose it is
 _INT = {"max_new_tokens", "min_new_tokens", "beams"}
 
 
@@ -53,6 +56,7 @@ def evaluate(
     predictions: Path | None = None,
     rival: Path | None = None,
     judged_by: str | None = None,
+    tokens_of: str | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Ask a model the questions of a set, or take a file of answers, and measure.
@@ -69,6 +73,7 @@ def evaluate(
         predictions: a file of answers, instead of a model.
         rival: another file of answers to the same questions, to compare with.
         judged_by: the address of a language model that marks open answers; see `vqa_judge`.
+        tokens_of: a language model whose tokens are counted as well; see `vqa_tokens`.
         progress: called with (answers, of all).
 
     Raises:
@@ -82,7 +87,7 @@ def evaluate(
         asked = with_images(asked, missing=missing)
         _permutable(asked, permute)
     theirs = read_predictions(rival, asked, whole) if rival else None
-    blinded = None
+    blinded, more = None, token_rules(tokens_of)
     if model is not None:
         responder = model()
         words = prompt_of(prompt, whole.card, responder.name)
@@ -92,17 +97,24 @@ def evaluate(
     elif predictions is not None:
         ours = read_predictions(predictions, asked, whole)
         facts = {"predictions": str(predictions), "sha256": sha256(predictions)}
-    numbers = measure_vqa(ours)
-    if judged_by:
-        numbers["judge"], told = _judged(ours, Client(judged_by, kept=Responses(responses)))
-        facts |= told
-    return Outcome(ours, numbers, blinded, theirs, facts)
+    ours = replace(ours, more=more)
+    marks, told = _judged(ours, judged_by, responses)
+    facts |= _of_rival(rival) | told
+    return Outcome(ours, measure_vqa(ours) | marks, blinded, theirs, facts)
 
 
-def _judged(ours: Answered, client: Client) -> tuple[Interval, dict[str, Any]]:
-    found = judge(ours, client)
+def _of_rival(path: Path | None) -> dict[str, Any]:
+    return {"compared_with_file": str(path), "compared_with_sha256": sha256(path)} if path else {}
+
+
+def _judged(
+    ours: Answered, address: str | None, responses: Path
+) -> tuple[dict[str, Interval], dict[str, Any]]:
+    if address is None:
+        return {}, {}
+    found = judge(ours, Client(address, kept=Responses(responses)))
     told = {"judge": found.judge, "judge_prompt": WORDS, "judge_unread": found.unread}
-    return judge_interval(ours, found), told
+    return {"judge": judge_interval(ours, found)}, told
 
 
 def _facts(asked: QuestionSet, responder: Responder, prompt: Prompt) -> dict[str, Any]:
@@ -161,14 +173,16 @@ def run_vqa(
         DataError: an image cannot be read; the questions answered so far are kept.
     """
     _permutable(asked, permute)
-    shown = _others(asked) if blind else {}
+    digests = _digests(dict.fromkeys(q.images for q in asked.questions))
+    shown = _others(asked, digests) if blind else {}
     askings = [
         _asking(q, order, prompt, shown.get(q.images, q.images))
         for q in asked.questions
         for order in (orders(len(q.options), permute) if permute > 1 and q.options else [()])
     ]
     decoding = decoding_of(responder, prompt)
-    texts = _answers(askings, responder, Responses(responses), decoding, progress or silent)
+    kept, told = Responses(responses), progress or silent
+    texts = _answers(askings, digests, responder, kept, decoding, progress=told)
     answers: dict[str, list[Prediction]] = {q.id: [] for q in asked.questions}
     for asking, text in zip(askings, texts, strict=True):
         name = asking.question.id
@@ -212,13 +226,14 @@ def _asking(
 
 def _answers(
     askings: Sequence[Asking],
+    digests: Mapping[tuple[ImageRef, ...], str],
     responder: Responder,
     kept: Responses,
     decoding: Decoding,
+    *,
     progress: Progress,
 ) -> list[str]:
     """Return the answer to each asking; those not kept yet are asked image by image."""
-    digests = _digests(askings)
     settings = json.dumps(decoding.options(), sort_keys=True)
     keys = [
         response_key(
@@ -238,15 +253,15 @@ def _answers(
     return [kept.get(key) or "" for key in keys]
 
 
-def _digests(askings: Sequence[Asking]) -> dict[tuple[ImageRef, ...], str]:
-    """Return the SHA-256 over the pixels of each asking's images.
+def _digests(shown: Iterable[tuple[ImageRef, ...]]) -> dict[tuple[ImageRef, ...], str]:
+    """Return the SHA-256 over the pixels of images that are shown together.
 
     Raises:
         DataError: an image cannot be read; no question has been asked by then.
     """
     of_image: dict[ImageRef, str] = {}
     found: dict[tuple[ImageRef, ...], str] = {}
-    for images in dict.fromkeys(asking.sample.images for asking in askings):
+    for images in shown:
         for ref in images:
             of_image[ref] = of_image.get(ref) or image_digest(ref)
         found[images] = " ".join(of_image[ref] for ref in images)
@@ -263,18 +278,22 @@ def image_digest(ref: ImageRef) -> str:
     return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
 
 
-def _others(asked: QuestionSet) -> dict[tuple[ImageRef, ...], tuple[ImageRef, ...]]:
-    """Return for each question's images those of another, every one used once.
+def _others(
+    asked: QuestionSet, digests: Mapping[tuple[ImageRef, ...], str]
+) -> dict[tuple[ImageRef, ...], tuple[ImageRef, ...]]:
+    """Return for each question's images others, of other pixels, each picture used once.
 
     Raises:
         UsageError: there is one image alone.
     """
-    images = list(dict.fromkeys(q.images for q in asked.questions))
-    if len(images) < 2:  # noqa: PLR2004 - one and another
+    pictures = {digests[q.images]: q.images for q in asked.questions}
+    if len(pictures) < 2:  # noqa: PLR2004 - one and another
         msg = f"--blind: {asked.name} has one image; another is needed to take its place"
         raise UsageError(msg)
-    mixed = [images[i] for i in np.random.default_rng(0).permutation(len(images))]
-    return dict(zip(mixed, [*mixed[1:], mixed[0]], strict=True))
+    known = list(pictures)
+    mixed = [known[i] for i in np.random.default_rng(0).permutation(len(known))]
+    after = dict(zip(mixed, [*mixed[1:], mixed[0]], strict=True))
+    return {q.images: pictures[after[digests[q.images]]] for q in asked.questions}
 
 
 # --- files of answers --------------------------------------------------------------------
@@ -315,15 +334,21 @@ def read_predictions(path: Path, asked: QuestionSet, whole: QuestionSet | None =
         rule = f"ids are those of {asked.source}, else its rows counted from 0"
         msg = f"{path}: {', and '.join(told)}; {rule}"
         raise DataError(msg)
-    return Answered(asked, {key: tuple(said.values()) for key, said in answers.items()}, path.stem)
+    model = path.resolve().parent.name if path.stem == _OURS else path.stem
+    return Answered(asked, {key: tuple(said.values()) for key, said in answers.items()}, model)
 
 
 def _order(told: object, question: Question, path: Path) -> tuple[int, ...]:
-    order = tuple(json.loads(told)) if isinstance(told, str) and told else tuple(told or ())  # type: ignore[arg-type]
-    if order and sorted(order) != list(range(len(question.options))):
-        msg = f"{path}: id {question.id!r}: {list(order)} is no order of its options, from 0 on"
-        raise DataError(msg)
-    return order
+    """Return the order that a file tells, as a list or in JSON."""
+    if told is None or told == "":
+        return ()
+    with suppress(ValueError):
+        told = json.loads(told) if isinstance(told, str) else told
+    places = isinstance(told, list) and all(type(place) is int for place in told)
+    if places and sorted(told) in ([], [*range(len(question.options))]):  # type: ignore[call-overload]
+        return tuple(told)  # type: ignore[arg-type]
+    msg = f"{path}: id {question.id!r}: order {told!r} is none of its options, from 0 on"
+    raise DataError(msg)
 
 
 def prediction_lines(answered: Answered) -> Iterator[str]:

@@ -269,8 +269,7 @@ def _questions(row: Row, dropped: Counter[str]) -> Iterator[Question]:
     if not plain(row.get("question")):
         row = official(row) if isinstance(row.get("label"), Mapping) else row
     asked = plain(row.get("question")).replace(_MARK, "").strip()
-    answer, options = plain(pick(row, ("yes_no_answer", "answer"))), _options(row)
-    answer = answer or plain(row.get("answer"))
+    answer, options = plain(row.get("yes_no_answer")) or _answer(row.get("answer")), _options(row)
     if options and answer:
         place = _place(row, answer, options)
         dropped[_NONE_OF] += place is None
@@ -278,6 +277,11 @@ def _questions(row: Row, dropped: Counter[str]) -> Iterator[Question]:
     elif not (asked and answer):
         dropped[NO_ANSWER] += 1
     yield Question(told, refs, asked, answer if asked else "", options, *kept)
+
+
+def _answer(told: object) -> str:
+    """Return a cell as the answer it is: JSON's true and false are yes and no."""
+    return {True: "yes", False: "no"}[told] if isinstance(told, bool) else plain(told)
 
 
 def _type(row: Row) -> str:

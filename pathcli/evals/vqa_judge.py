@@ -36,6 +36,7 @@ The pathologist: {answer}
 The other: {said}"""
 LOWEST, HIGHEST = 1.0, 10.0
 _MARK = re.compile(r"(?<![\d.])(10|[1-9])(?!\d)")
+_SCALE = re.compile(r"\b1\s*(?:to|-|\u2013)\s*10\b")  # said again, it is no mark
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def judge(answered: Answered, client: Client) -> Judged:
         for q, text in ((questions[i], text) for i, text in asked.items())
     )
     for i, reply in zip(asked, client.ask_all(conversations), strict=True):
-        if found := _MARK.search(reply):
+        if found := _MARK.search(_SCALE.sub("", reply)):
             marks[i] = float(found[1])
     return Judged(client.model, marks, int(np.isnan(marks[list(said)]).sum()))
 

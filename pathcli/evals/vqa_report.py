@@ -18,7 +18,6 @@ from pathcli.evals.vqa_cards import published
 from pathcli.evals.vqa_data import with_images
 from pathcli.evals.vqa_judge import ABOUT
 from pathcli.evals.vqa_scores import HEADLINE, MADE_OF, OVERALL, guessing
-from pathcli.metrics.vqa import RULES
 from pathcli.report import Picture, Section, html_page, json_text, metric, pairs, versions
 from pathcli.runs import git_commit
 from pathcli.store.files import write_bytes
@@ -40,7 +39,7 @@ SHOWN = 6
 
 NOT_OURS = (
     "As published, of another model and protocol: a scale, not a contest. Here stands our number "
-    "by the rule that comes nearest."
+    "by the rule that comes nearest, on the questions measured here."
 )
 _SIDE_PX, _LONG, _CELL = 224, 280, 400
 _RIGHT = 1.0
@@ -74,7 +73,7 @@ def vqa_report(outcome: Outcome) -> Report:
             "counts": ours.counts(),
             "dropped": dict(asked.dropped),
             "warnings": list(asked.warnings),
-            "rules": {name: RULES[name].about for name in ours.values if name in RULES},
+            "rules": {n: ours.rules[n].about for n in ours.values if n in ours.rules},
             "baselines": baseline_rows(outcome),
             "compared_with": outcome.rival.model if outcome.rival else None,
             "comparison": [
@@ -116,16 +115,20 @@ def write_vqa(folder: Path, outcome: Outcome, command: str) -> Path:
 def rule_rows(outcome: Outcome, *, full: bool = False) -> list[dict[str, Any]]:
     """Return a row for each number; the few that matter, or all with what they count."""
     made = MADE_OF | {"judge": ABOUT}
-    shown, rows = {*HEADLINE.values(), "exact", *made}, []
+    shown, rows = (
+        {*HEADLINE.values(), "exact", *made, *(rule.name for rule in outcome.ours.more)},
+        [],
+    )
     for name, found in outcome.numbers.items():
         base, _, part = name.partition(".")
         if part == "macro" or not (full or name in shown):
             continue
-        rule, large = RULES.get(base), outcome.numbers.get(f"{name}.macro")
-        row = {
+        rule, large = outcome.ours.rules.get(base), outcome.numbers.get(f"{name}.macro")
+        row: dict[str, Any] = {
             "number": name,
             "of": part or (rule.applies if rule else "open" if base == "judge" else "all"),
         }
+        row |= {"questions": _count(outcome.ours, base, part)}
         row |= {"mean [95 % interval]": interval_text(found)}
         row |= {"mean of types": interval_text(large) if large else ""}
         if full:
@@ -133,6 +136,15 @@ def rule_rows(outcome: Outcome, *, full: bool = False) -> list[dict[str, Any]]:
             row |= {"whose rule": rule.source if rule else "ours"}
         rows.append(row)
     return sorted(rows, key=lambda row: row["number"] not in made)
+
+
+def _count(ours: Answered, name: str, kind: str) -> int | str:
+    """Return how many questions a number is the mean of."""
+    row = (ours.values | ours.steady).get(name)
+    if row is None:
+        return len(ours.questions) if name.startswith("macro") else ""
+    kinds = [q.kind for q, no in zip(ours.questions, np.isnan(row), strict=True) if not no]
+    return sum(kind in {"", each} for each in kinds)
 
 
 def type_rows(outcome: Outcome, *, plain: bool = False) -> list[dict[str, Any]]:

@@ -54,6 +54,7 @@ MADE_OF = {
 """What the numbers are that are no rules."""
 
 _YES_NO = {"yes", "no"}
+_ITSELF_AND_ONE = 2
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,17 @@ Answers = dict[str, tuple[Prediction, ...]]
 
 @dataclass(frozen=True)
 class Answered:
-    """Questions and the answers of one model, one or several to each question."""
+    """Questions and the answers of one model, one or several to each; rules beside `RULES`."""
 
     asked: QuestionSet
     answers: Mapping[str, Sequence[Prediction]]
     model: str
+    more: tuple[Rule, ...] = ()
+
+    @cached_property
+    def rules(self) -> dict[str, Rule]:
+        """The rules that are applied, by name."""
+        return rules.RULES | {rule.name: rule for rule in self.more}
 
     def of(self, asked: QuestionSet) -> Answered:
         """Return the answers to some of the questions."""
@@ -120,7 +127,7 @@ class Answered:
         """The score [n] of each question by every rule that applies to any, and `overall`."""
         more = {
             name: self._score(rule)
-            for name, rule in rules.RULES.items()
+            for name, rule in self.rules.items()
             if name not in self.headline
         }
         return self.headline | {k: row for k, row in more.items() if not np.isnan(row).all()}
@@ -131,14 +138,15 @@ class Answered:
         for i, said, shown in self.flat:
             question = self.questions[i]
             if rule.applies in {"all", question.kind}:
-                sums[i] += rule.score(self._spelt(i, said, shown), question.answer, shown)
+                text = self._spelt(i, said, shown) if rule.source == rules.OURS else said
+                sums[i] += rule.score(text, question.answer, shown)
                 times[i] += 1
         with np.errstate(invalid="ignore"):
             return np.asarray(sums / times)
 
     def _spelt(self, i: int, said: str, shown: tuple[str, ...]) -> str:
-        """Return what was said; where yes and no were options, the one that was chosen."""
-        if shown and self.questions[i].kind == "closed":
+        """Return what was said; if it has neither yes nor no but these were options, the choice."""
+        if shown and self.questions[i].kind == "closed" and not _YES_NO & set(words(said)):
             place = int(chosen([said], [shown])[0])
             return said if place == UNMAPPED else shown[place]
         return said
@@ -238,7 +246,7 @@ def measure_vqa(answered: Answered, replicates: int = REPLICATES) -> dict[str, I
         found[name] = interval(summed(row, units), replicates)
         if name == OVERALL or name in HEADLINE.values():
             found[f"{name}.macro"] = interval(summed(row, units, types), replicates)
-        if name in rules.RULES and rules.RULES[name].applies == "all" and len(set(kinds)) > 1:
+        if name != OVERALL and answered.rules[name].applies == "all" and len(set(kinds)) > 1:
             for kind in sorted(set(kinds.tolist())):
                 part = np.where(kinds == kind, row, np.nan)
                 found[f"{name}.{kind}"] = interval(summed(part, units), replicates)
@@ -335,6 +343,8 @@ class Difference:
 def compare(a: Answered, b: Answered, replicates: int = REPLICATES) -> list[Difference]:
     """Return the differences a - b of `overall` and of each kind's rule, units drawn in pairs.
 
+    Where all questions are of one kind, `overall` is its rule and is not tested again.
+
     Raises:
         DataError: they answered other questions.
     """
@@ -344,6 +354,8 @@ def compare(a: Answered, b: Answered, replicates: int = REPLICATES) -> list[Diff
     units = [q.unit for q in a.questions]
     found = []
     for name, row in a.headline.items():
+        if name == OVERALL and len(a.headline) == _ITSELF_AND_ONE:
+            continue
         one, two = summed(row, units), summed(b.headline[name], units)
         every = np.arange(len(one.sums))
         told = paired_bootstrap(one, two, every.tolist(), replicates=replicates)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from math import nan
 from typing import TYPE_CHECKING, Literal
 
@@ -104,8 +104,12 @@ def _distinct(
 
 
 def _bleu(order: int, prediction: str, answer: str, _: Options) -> float:
-    said, meant = text.llava_med_tokens(prediction), text.llava_med_tokens(answer)
-    return text.bleu(text.ngram_counts(said, meant), order)
+    return text.bleu(_med_counts(prediction, answer), order)
+
+
+@lru_cache(1 << 14)
+def _med_counts(prediction: str, answer: str) -> text.Counts:
+    return text.ngram_counts(text.llava_med_tokens(prediction), text.llava_med_tokens(answer))
 
 
 def _pathvqa_bleu(order: int, prediction: str, answer: str, _: Options) -> float:
@@ -119,6 +123,12 @@ def _chosen(
     parse: Callable[[str, Options], int | None], prediction: str, answer: str, options: Options
 ) -> float:
     return float(parse(prediction, options) == right_option(answer, options))
+
+
+def _pathmmu(prediction: str, answer: str, options: Options) -> float:
+    right = right_option(answer, options)
+    same = prediction.strip() == text.option_texts(options)[right]
+    return float(same or text.pathmmu_choice(prediction, options) == right)
 
 
 def _before_colon(prediction: str, answer: str, options: Options) -> float:
@@ -178,7 +188,8 @@ _ALL_RULES = (
     ),
     Rule(
         "closed-first-word",
-        "The first word of the reply that is yes or no is what it says; without one it is wrong.",
+        "The first word of the reply that is yes or no is what it says, without one the option it "
+        "chooses where yes and no are options; else it is wrong.",
         OURS,
         "closed",
         _first_word,
@@ -261,11 +272,12 @@ _ALL_RULES = (
     ),
     Rule(
         "choice-pathmmu",
-        "PathMMU's parser: '(A)', else ' A ', else in replies of over five words an option's "
-        "text, of several the last; where it would guess at random the reply is wrong.",
-        "PathMMU, eval_utils.py",
+        "The right option's text alone, else PathMMU's parser: '(A)', else ' A ', else in replies "
+        "of over five words an option's text, of several the last; where it would guess at "
+        "random the reply is wrong.",
+        "PathMMU, main.py and eval_utils.py",
         "choice",
-        partial(_chosen, text.pathmmu_choice),
+        _pathmmu,
     ),
     Rule(
         "choice-pa-llava",

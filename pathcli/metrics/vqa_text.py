@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import lru_cache
 from math import exp, fsum, log
 from string import ascii_uppercase
 from typing import TYPE_CHECKING
@@ -68,7 +69,11 @@ def _contractions() -> dict[str, str]:
 
 CONTRACTIONS = _contractions()
 
+_KEPT = 1 << 16
+"""So many texts are kept as they were normalised: every rule wants the same ones."""
 
+
+@lru_cache(_KEPT)
 def normalise(text: str) -> str:
     """Return text as LLaVA-Med compares it, after VQA: lower case, no articles, digits for words.
 

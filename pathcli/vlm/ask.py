@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pathcli.data.images import image_name
 from pathcli.errors import UsageError
 from pathcli.types import Answer, Sample
-from pathcli.vlm.asked import allowed, matched, probabilities
+from pathcli.vlm.asked import YES_NO, allowed, matched, probabilities
 from pathcli.vlm.responders import SHIPPED, open_responder
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Talk:
         """
         sample = Sample(self.images[0], self.images, turns=(*self.turns, question))
         (found,) = answers([sample], self.responder, self.decoding)
-        if not found.abstained:
+        if found.text and not found.abstained:
             self.turns = (*sample.turns, found.text)
         return found
 
@@ -106,6 +106,7 @@ def _answers(
 ) -> list[Answer]:
     refs = list(dict.fromkeys(ref for sample in samples for ref in sample.images))
     strange = set(responder.unfamiliar(refs))
+    samples = [told(sample, responder.taught) for sample in samples]
     known = [sample for sample in samples if strange.isdisjoint(sample.images)]
     texts = dict(zip(map(id, known), responder.answer(known, decoding), strict=True))
     options = {id(s): _options(s, texts[id(s)], responder.taught) for s in known}
@@ -124,6 +125,15 @@ def _answers(
         return Answer(text, False, responder.scope, seen, sure, each)  # noqa: FBT003
 
     return [of(sample) for sample in samples]
+
+
+def told(sample: Sample, taught: Sequence[Sequence[str]]) -> Sample:
+    """Return a sample that says, where it is so, that yes or no is wanted; never what is right.
+
+    Models that were taught so are told it in words, as CLOVER is.
+    """
+    closed = allowed(sample.turns[-1], taught) == YES_NO
+    return replace(sample, answer=YES_NO[0]) if closed else sample
 
 
 def _options(sample: Sample, text: str, taught: Sequence[Sequence[str]]) -> tuple[str, ...]:

@@ -63,6 +63,8 @@ def matched(answer: str, options: Sequence[str]) -> str | None:
             return option
     for option in options:
         begin = _BEGINS.match(_plain(option))
+        if begin and said == begin[0].rstrip(".):"):  # the letter alone
+            return option
         if begin and re.match(rf"{re.escape(begin[0])}(?!\w)", said):
             return option
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from pathcli.vlm.language_files import precision_of, quiet, require, unreadable,
 from pathcli.vlm.responders import Decoding, Untaught
 from pathcli.vlm.turns import pieces
 from pathcli.vlm.written import IMAGE
-from pathcli.weights import fetch, local
+from pathcli.weights import fetch, local, sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -95,9 +96,14 @@ class HFResponder(Untaught):
 
     @cached_property
     def digest(self) -> str:
-        """See `Responder`; of the hub's models the commit stands for the weights."""
+        """See `Responder`; of the hub's models the commit stands for the weights.
+
+        Of tokenizer, preparation of images and settings of generation the files count.
+        """
         how = str(self._plain or self.processor.chat_template)
-        return response_key(version_of(self.folder), how, self.load)
+        files = sorted(file for some in _SETTINGS for file in self.folder.glob(some))
+        beside = [f"{file.name} {sha256(file)}" for file in files]
+        return response_key(version_of(self.folder), how, self.load, *beside)
 
     # --- what it reads -------------------------------------------------------------------------
 
@@ -280,6 +286,8 @@ class HFResponder(Untaught):
         return tokens(option)
 
 
+_HERE: Any = {"local_files_only": True, "trust_remote_code": False}  # nor is anybody asked to
+_SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
@@ -302,7 +310,7 @@ def _processor(folder: Path) -> Any:  # noqa: ANN401 - transformers' own
 
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, **_HERE)
     except Exception as error:  # transformers has many, some of them several lines long
         raise unreadable(folder, "not a model of this transformers", error) from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -310,7 +318,7 @@ def _processor(folder: Path) -> Any:  # noqa: ANN401 - transformers' own
         raise DataError(msg)
     try:
         with quiet():
-            found = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            found = AutoProcessor.from_pretrained(folder, **_HERE)
     except Exception as error:  # likewise
         raise unreadable(folder, "no processor of images and words", error) from error
     if not hasattr(found, "tokenizer") or not hasattr(found, "image_processor"):
@@ -331,10 +339,7 @@ def _network(folder: Path, device: str, load: Load) -> Any:  # noqa: ANN401 - tr
     try:
         with quiet(), _memory(str(folder)):
             network, told = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                local_files_only=True,
-                output_loading_info=True,
-                **options,
+                folder, output_loading_info=True, **_HERE, **options
             )
     except ResourceError:
         raise
@@ -346,19 +351,14 @@ def _network(folder: Path, device: str, load: Load) -> Any:  # noqa: ANN401 - tr
     return network.eval() if "device_map" in options else network.eval().to(here)
 
 
-class _memory:  # noqa: N801 - a context
+@contextmanager
+def _memory(name: str) -> Iterator[None]:
     """Say in one line that a device's memory is full."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, torch.cuda.OutOfMemoryError):
-            msg = f"{self.name}: the device's memory is full; --load 8bit or 4bit, or --device cpu"
-            raise ResourceError(msg)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        msg = f"{name}: the device's memory is full; --load 8bit or 4bit, or --device cpu"
+        raise ResourceError(msg) from error
 
 
 def _remember(network: Any) -> None:  # noqa: ANN401 - transformers' own

@@ -177,7 +177,7 @@ class HFLanguage(nn.Module):
         facts: dict[str, Any] = {
             "kind": "hf",
             "model": self.model,
-            "source": version_of(self.folder),
+            "source": version_of(self.folder, self.model),
         }
         facts |= {"tune": self.tune, "load": self.load}
         return facts | {"frozen": sizes[False], "trained": sizes[True]}

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pathcli.cards import CARDS, Hub
+from pathcli.cards import CARDS, Hub, Wheel
 from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.torchvision_guard import guard_torchvision
 from pathcli.weights import cache_root, fetch, find, local, sha256
@@ -243,8 +243,14 @@ def _convert(path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def version_of(folder: Path) -> str:
-    """Return the hub's commit, or the weights' SHA-256."""
+def version_of(folder: Path, model: str = "") -> str:
+    """Return the card's digest, the hub's commit, or the weights' SHA-256.
+
+    A folder that was made of a card's file may differ in its bytes from machine to machine.
+    """
+    source = CARDS[model].source if model in CARDS else None
+    if isinstance(source, Wheel):
+        return source.sha256
     return folder.name if folder.parent.name == "snapshots" else sha256(folder)
 
 

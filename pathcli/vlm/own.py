@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections import OrderedDict
+from copy import copy
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +25,7 @@ from pathcli.state import fill
 from pathcli.types import Sample
 from pathcli.vlm.batches import Examples
 from pathcli.vlm.convert import settled
-from pathcli.vlm.model import NOT_LEARNT, VisionLanguage
+from pathcli.vlm.model import VisionLanguage
 from pathcli.vlm.responders import SHIPPED, Decoding, Load
 from pathcli.vlm.towers import Shown, ready, sent
 from pathcli.weights import fetch, local, sha256
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
     from pathcli.encoders.mini_clip import MiniClip
     from pathcli.types import Encoder, ImageRef
+    from pathcli.vlm.chat import Encoded
     from pathcli.vlm.towers import Cutter
 
 SCOPE = (
@@ -74,7 +77,8 @@ class RunResponder:
         self.module.eval().to(here)
         self.seen = Seen(connector, encoder, here)
         count = connector.count(encoder.row_shape[0])
-        self.examples = Examples(self.seen, task.chat, connector, task.language, count)
+        given = (self.seen, task.chat, connector, task.language, count)
+        self.examples, self.options = Examples(*given), _Options(*given)
         self.name, self.chat, self.device = weights.parent.name, task.chat, torch.device(here)
         self.scope = f"what {weights.parent} was trained on, and nobody has measured here"
         self.decoding, self.batch = task.decoding, 16
@@ -172,11 +176,27 @@ class RunResponder:
         ]
         found: list[float] = []
         for start in range(0, len(rows), self.batch):
-            told = self.examples(rows[start : start + self.batch], np.random.default_rng(0))
-            told["labels"] = _last_answer(told["labels"])
+            told = self.options(rows[start : start + self.batch], np.random.default_rng(0))
             found += self.module.likelihoods(sent(told, self.device)).double().tolist()
         ends = np.cumsum([0, *map(len, options)])
         return [np.array(found[a:b]) for a, b in pairwise(ends.tolist())]
+
+
+class _Options(Examples):
+    """Makes batches of what `answer` is given to read, and after it the sample's own answer.
+
+    Of too long a talk the beginning goes, and the answer, which alone is learnt, stays whole.
+    """
+
+    def _said(self, sample: Sample, rng: np.random.Generator) -> Encoded:
+        tokenizer, split = self.language.tokenizer, self.language.seq2seq
+        chat, counts = copy(self.chat), self._counts(sample)
+        asked = chat.ask(sample, tokenizer, counts, seq2seq=split)
+        chat.limit, chat.place = sys.maxsize, "first"
+        before = chat.ask(sample, tokenizer, counts, seq2seq=split)
+        whole = chat.encode(sample, tokenizer, counts, rng, seq2seq=split)
+        rest = () if split else whole.tokens[len(before.tokens) :]
+        return replace(whole, tokens=(*asked.tokens, *rest))
 
 
 class Seen:
@@ -232,13 +252,6 @@ class Seen:
 def _changed(ref: ImageRef) -> int:
     """Return when a file was written, in ns: another image under a name is another image."""
     return Path(ref).stat().st_mtime_ns if isinstance(ref, str) and Path(ref).exists() else 0
-
-
-def _last_answer(labels: Tensor) -> Tensor:
-    """Return labels [b, t] of which the last run of learnt tokens is left in every row."""
-    learnt = (labels != NOT_LEARNT).flip(1)
-    gaps = (learnt.cumsum(1) > 0) & ~learnt  # from the end: what lies before the last answer
-    return labels.masked_fill((gaps.cumsum(1) > 0).flip(1), NOT_LEARNT)
 
 
 def _loaded_as(recipe: Recipe, load: Load) -> Recipe:

@@ -139,6 +139,9 @@ def open_responder(model: str = SHIPPED, *, device: str = "auto", load: str = "a
 
         return EndpointResponder(model)
     folder = Path(model)
+    if folder.is_file() or '"mm_vision_tower"' in _config(folder):  # LAVIS', xtuner's; LLaVA's
+        msg = f"{model} is in its authors' layout; run: pathcli models convert {model} OUT"
+        raise UsageError(msg)
     if model.startswith("hf:") or (folder / "config.json").is_file():
         from pathcli.vlm.hf import HFResponder  # noqa: PLC0415
 
@@ -154,3 +157,8 @@ def open_responder(model: str = SHIPPED, *, device: str = "auto", load: str = "a
         raise ResourceError(msg)
     msg = f"no model is called {model!r}: {SHIPPED}, a folder, hf:ID, or http://HOST/v1#NAME"
     raise UsageError(msg)
+
+
+def _config(folder: Path) -> str:
+    path = folder / "config.json"
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

@@ -172,11 +172,11 @@ def _layout(source: Path) -> tuple[str, Path]:
         return _of_file(source), source
     if (source / "config.json").is_file():
         config = read_json(source / "config.json")
-        if any(name.startswith("mm_") for name in config):
-            return "llava", source
-        if "vision_config" in config:
+        if "vision_config" in config:  # Gemma's has mm_*, too
             msg = f"{source} is in transformers' form, which is asked as it is: --model {source}"
             raise UsageError(msg)
+        if any(name.startswith("mm_") for name in config):
+            return "llava", source
     if (source / "projector").is_dir():
         return "pallava", source
     inside = sorted(source.rglob("mp_rank_00_model_states.pt")) or sorted(source.glob("*.pth"))
