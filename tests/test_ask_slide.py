@@ -19,12 +19,14 @@ from PIL import Image
 from shapely.geometry import box, shape
 
 from pathcli import registry
+from pathcli.cli.ask_slides import folder_name
 from pathcli.data.images import read_image
 from pathcli.errors import UsageError
 from pathcli.evals import evidence, tile_sheet
 from pathcli.mil.predict import predict
 from pathcli.recipe import load_recipe
 from pathcli.runs import train
+from pathcli.slides.discovery import Found
 from pathcli.slides.readers import open_slide
 from pathcli.slides.tiling import tile, tile_spec
 from pathcli.store import Store
@@ -356,3 +358,10 @@ def test_a_sheet_has_rows_of_five_and_frames_what_is_unfamiliar() -> None:
         framed = (drawn[y + 1, x + 1] != shown[0, 0]).any()
         assert framed == (i == 5)
         assert (drawn[y : y + down - gap, x + side : x + side + gap] > 250).all()
+
+
+def test_evidence_of_slides_of_one_name_and_of_questions_lies_apart() -> None:
+    asked = [(folder, q) for folder in ("a", "b") for q in ("is there tumor?", "what tissue?")]
+    names = [folder_name(Found(Path(folder) / "s.svs"), q) for folder, q in asked]
+    assert len({*names, *names}) == 4
+    assert all(name.startswith("s-ask-") for name in names)

@@ -262,3 +262,15 @@ def test_smollm2_speaks_and_its_weights_are_half_precision_safetensors() -> None
     assert "quantization_config" not in config
     assert config["dtype"] == "float16"
     assert language_files._shape(made.config) == SHAPES["smollm2-135m"]
+
+
+def test_a_tokenizers_own_code_is_never_run_whatever_is_typed(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((Path(llama) / name).read_bytes())
+    told = {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["code.Theirs", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    with pytest.raises(DataError, match="no tokenizer that can be read"):
+        _ = HFLanguage(model=str(tmp_path)).tokenizer

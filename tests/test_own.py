@@ -176,6 +176,7 @@ def test_of_a_long_talk_options_are_weighed_after_what_the_answer_is_given_to_re
     if place == "first":
         monkeypatch.setattr(responder.chat, "limit", batch["ids"].shape[1] - 20)
         batch = responder.examples.ask([sample], np.random.default_rng(0))
+        assert ASKED not in responder.prompt(sample).partition("red cells")[0]  # nor is it shown
     told = responder.examples([replace(four(images)[0], answer="blue")], np.random.default_rng(0))
     ids = told["ids"][0, told["labels"][0] != -100]
     long = dict(batch)

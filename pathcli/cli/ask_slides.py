@@ -57,10 +57,9 @@ def ask_slides(
         tiling = _tiling(slide, options)
         attend = _attention(slide, options, tiling, progress)
         rows = []
-        for number, asker in enumerate(askers, 1):
+        for asker in askers:
             said = asker(slide.path, attend=attend, progress=lambda _: progress, **tiling)
-            folder = options.out / f"{_stem(slide)}-ask{f'-{number}' if len(askers) > 1 else ''}"
-            files = write_evidence(folder, said)
+            files = write_evidence(options.out / folder_name(slide, asker.question), said)
             if not json:
                 _print(said, files, several=len(askers) > 1)
             rows.append(answer_json(said) | {"files": files})
@@ -103,12 +102,15 @@ def _attention(
     )
 
 
-def _stem(slide: Found) -> str:
+def folder_name(slide: Found, question: str) -> str:
+    """Return where an answer's evidence goes: slides of one name, and questions, lie apart."""
     from pathlib import PurePosixPath  # noqa: PLC0415
 
     from pathcli.slides.readers import public_name  # noqa: PLC0415
+    from pathcli.types import digest  # noqa: PLC0415
 
-    return PurePosixPath(public_name(slide.path)).stem
+    name = public_name(slide.path)
+    return f"{PurePosixPath(name).stem}-ask-{digest([name, question])[:6]}"
 
 
 def _print(said: SlideAnswer, files: dict[str, str], *, several: bool) -> None:

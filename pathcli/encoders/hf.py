@@ -212,7 +212,9 @@ class HFClipEncoder:
             )
             raise ResourceError(msg)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # its readers raise whatever the file provokes
             msg = f"{self.folder}: its tokenizer cannot be read ({error!s:.120})"
             raise DataError(msg) from error

@@ -335,7 +335,9 @@ class Tokenizer:
 
         folder = text_folder(self.text)
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # whatever the files provoke
             msg = f"{folder}: no tokenizer can be read here ({type(error).__name__})"
             raise DataError(msg) from error

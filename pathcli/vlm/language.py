@@ -140,7 +140,9 @@ class HFLanguage(nn.Module):
 
         limit = self.config.vocab_size
         try:
-            found = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            found = AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # readers of tokenizers raise whatever the files provoke
             raise unreadable(self.folder, "no tokenizer that can be read", error) from error
         if not found.is_fast or len(found) > limit or found.eos_token_id is None:

@@ -226,7 +226,7 @@ def _convert(path: Path, folder: Path) -> None:
     guard_torchvision()
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
-    given = {"gguf_file": path.name, "local_files_only": True}
+    given = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
         with quiet(), redirect_stderr(io.StringIO()):  # its bar of progress cannot be turned off
             read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **given)

@@ -119,14 +119,9 @@ class RunResponder:
     def prompt(self, sample: Sample) -> str:
         """Return what the language model reads, `<image>` where visual tokens stand."""
         tokenizer, split = self.examples.language.tokenizer, self.examples.language.seq2seq
-        told = self.chat.ask(sample, tokenizer, [1] * len(sample.images), seq2seq=split)
-        pieces, ids = "", list[int]()
-        for token, image in zip(told.ids, told.image, strict=True):
-            if image:
-                pieces, ids = pieces + tokenizer.decode(ids) + "<image>", []
-            else:
-                ids.append(token)
-        return pieces + str(tokenizer.decode(ids))
+        counts = [self.examples.count] * len(sample.images)
+        read: str = self.chat.ask(sample, tokenizer, counts, seq2seq=split).text
+        return read
 
     @torch.inference_mode()
     def unfamiliar(self, images: Sequence[ImageRef]) -> list[ImageRef]:
