@@ -85,8 +85,9 @@ class RunResponder:
         self.temperature: float | None = None
         self.taught: Sequence[Sequence[str]] = ()
         self.judge: MiniClip | None = None
-        said = {name: recipe.values.get(name) for name in ("connector", "chat")}
-        known = [said, facts["tune"], facts["source"], encoder.id, sha256(weights), load]
+        said = {name: dict(recipe.values[name]) for name in ("connector", "chat", "language")}
+        del said["language"]["model"]  # a place; what it is follows
+        known = [said, facts["source"], encoder.id, sha256(weights), load]
         self.digest = hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
 
     @classmethod
