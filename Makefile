@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/pathcli models pull smollm2-135m
 
 test: install
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

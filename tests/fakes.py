@@ -30,3 +30,28 @@ class MeanColour:
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         type(self).passes += 1
         return images.float().mean(dim=(1, 2))
+
+
+COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "grey": (1, 1, 1)}
+
+
+class Colours(MeanColour):
+    """Reads the names of colours; a picture's embedding is its mean colour."""
+
+    name = "colours"
+    id = "colours-000000000000"
+    text_limit = 3
+    logit_scale = 10.0
+    unknown = (0, 0, 0)  # a word that names none
+
+    def encode_text(self, texts: list[str]) -> torch.Tensor:
+        import numpy as np
+        import torch
+
+        words = [
+            [COLOURS[w] for w in text.split() if w in COLOURS] or [self.unknown] for text in texts
+        ]
+        return torch.tensor(np.array([np.sum(w, 0) for w in words])).float()
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        return [len(text.split()) for text in texts]

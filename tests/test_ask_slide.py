@@ -13,7 +13,6 @@ import fakes
 import numpy as np
 import pytest
 import synthetic
-import torch
 from cohorts import RING, paint, quick, table
 from PIL import Image
 from shapely.geometry import box, shape
@@ -42,20 +41,10 @@ RED = (192, 128)
 YES_NO = ("yes", "no")
 
 
-class Colours(fakes.MeanColour):
-    """Reads the names of colours; a picture's embedding is its mean colour."""
+class Colours(fakes.Colours):
+    """Finds every colour in a word that names none."""
 
-    name = "colours"
-    id = "colours-000000000000"
-    text_limit = 3
-    logit_scale = 10.0
-
-    def encode_text(self, texts: list[str]) -> torch.Tensor:
-        words = [[WORDS[w] for w in text.split() if w in WORDS] or [(1, 1, 1)] for text in texts]
-        return torch.tensor(np.array([np.sum(w, 0) for w in words])).float()
-
-    def count_tokens(self, texts: list[str]) -> list[int]:
-        return [len(text.split()) for text in texts]
+    unknown = (1, 1, 1)
 
 
 class Painter:

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import fakes
 import matplotlib as mpl
 import numpy as np
 import pytest
 import synthetic
 import torch
 from conftest import Run, open_slide
+from fakes import Colours, MeanColour
 from PIL import Image
 from shapely.geometry import box, shape
 
@@ -26,26 +26,9 @@ from pathcli.slides.tiling import tile_spec
 from pathcli.store import Store
 from pathcli.types import TileStatus
 
-WORDS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "grey": (1, 1, 1)}
 SIDE, ACROSS, DOWN = 64, 10, 8
 SPEC = tile_spec(SIDE, 0.5, tissue="none")
 RED = (192, 128)
-
-
-class Colours(fakes.MeanColour):
-    """Reads the names of colours; a picture's embedding is its mean colour."""
-
-    name = "colours"
-    id = "colours-000000000000"
-    text_limit = 3
-    logit_scale = 10.0
-
-    def encode_text(self, texts: list[str]) -> torch.Tensor:
-        words = [[WORDS[w] for w in text.split() if w in WORDS] or [(0, 0, 0)] for text in texts]
-        return torch.tensor(np.array([np.sum(w, 0) for w in words])).float()
-
-    def count_tokens(self, texts: list[str]) -> list[int]:
-        return [len(text.split()) for text in texts]
 
 
 class Wary(Colours):
@@ -247,7 +230,7 @@ def test_an_empty_text_is_refused(boards: list[Path], store: Store, how: dict[st
 
 def test_impossible_searches_are_refused(boards: list[Path], store: Store) -> None:
     with pytest.raises(UsageError, match="has no text tower"):
-        search(boards, "red", fakes.MeanColour(), store=store)
+        search(boards, "red", MeanColour(), store=store)
     with pytest.raises(DataError, match="no direction"):
         search(boards, "nonsense", Colours(), store=store)
     with pytest.raises(UsageError, match="--top is at least 1"):

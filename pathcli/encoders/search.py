@@ -194,7 +194,7 @@ class Searcher:
             parts = np.zeros((len(places), self._weights.shape[1]), np.float32)
             for i in np.unique(of).tolist():
                 features = self.embedder.store.features.mapped(kept[i].run.key)
-                parts[of == i] = _unit(features.values[places[of == i] - starts[i]])
+                parts[of == i] = unit(features.values[places[of == i] - starts[i]])
             return parts
 
         places, passed_over = distinct(order, read, self.top, self.duplicates)
@@ -277,7 +277,7 @@ def _hit(rank: int, slide: int, of: Compared, row: int) -> Hit:
     return Hit(rank, slide, row, (x, y), score, cosine, float(lower), strange)
 
 
-def _unit(values: NDArray[Any]) -> Floats:
+def unit(values: NDArray[Any]) -> Floats:
     """Return float32 rows of length one; a row of zeros stays."""
     rows = values.astype(np.float32)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -291,7 +291,7 @@ def _cosines(features: Features, weights: Floats) -> Floats:
     found = np.full((n, len(weights)), np.nan, np.float32)
     for start in range(0, n, _ROWS):
         good = start + np.flatnonzero(features.status[start : start + _ROWS] == TileStatus.OK)
-        found[good] = _unit(features.values[good]) @ weights.T
+        found[good] = unit(features.values[good]) @ weights.T
     return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from pathcli.encoders.build import build_encoder, text_encoder
 from pathcli.encoders.embedding import Embedder
+from pathcli.encoders.search import unit
 from pathcli.encoders.zeroshot import class_weights, too_long, unfamiliar
 from pathcli.errors import DataError, UsageError
 from pathcli.types import Region, Sample, TileStatus, silent
@@ -29,7 +30,7 @@ from pathcli.vlm.slide_rules import (
     seeks_the_opposite,
     subject,
 )
-from pathcli.vlm.slide_tiles import choose, cosines, nearest, unit
+from pathcli.vlm.slide_tiles import choose, cosines, nearest
 from pathcli.weights import fetch
 
 if TYPE_CHECKING:

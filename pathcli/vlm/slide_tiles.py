@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pathcli.encoders.search import DUPLICATES, distinct
+from pathcli.encoders.search import DUPLICATES, distinct, unit
 from pathcli.errors import UsageError
 from pathcli.types import TileStatus
 
@@ -115,10 +115,3 @@ def cosines(values: NDArray[Any], rows: Rows, text: Floats) -> Floats:
     parts = np.array_split(rows, max(1, len(rows) // _ROWS))
     found: Floats = np.concatenate([unit(values[part]) @ text for part in parts])
     return found
-
-
-def unit(values: NDArray[Any]) -> NDArray[np.float32]:
-    """Return float32 rows of length one; a row of zeros stays."""
-    rows = values.astype(np.float32)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.asarray(rows / np.maximum(norms, np.finfo(np.float32).tiny))
