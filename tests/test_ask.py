@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import Run
 from numpy.typing import NDArray
 from PIL import Image
 
+from pathcli.cli.ask import sure
 from pathcli.errors import DataError, UsageError
 from pathcli.types import ImageRef, Sample
 from pathcli.vlm.ask import UNKNOWN, Talk, answers, ask
@@ -58,6 +60,7 @@ def test_the_command_prints_scope_and_notice_beside_it(run: Run, noise: Path) ->
         "answer": "",
         "confidence": None,
         "abstained": True,
+        "why": UNKNOWN,
         "scores": {},
         "evidence": [str(noise)],
         "scope": json.loads(out)["scope"],
@@ -92,6 +95,20 @@ def test_what_cannot_be_asked_is_one_clear_line(run: Run, noise: Path, tmp_path:
     code, _, err = run("ask", str(tmp_path / "empty"), "what?")
     assert code == 4
     assert "a folder without images" in err
+    none = str(tmp_path / "none.png")
+    code, _, err = run("ask", str(noise), none, "what?", "--model", "nonsense")
+    assert code == 4  # before any model is opened
+    assert f"{none}: no such file or folder; the question comes last" in err
+    code, _, err = run("ask", str(noise), "what?", "--slide-mpp", "0.5")
+    assert (code, err) == (2, "error: --slide-mpp is for slides, not for images\n")
+    for data, why in ((b" \n", "no question in it"), (b"\xff\xfe", "not UTF-8 text")):
+        (tmp_path / "q.txt").write_bytes(data)
+        code, _, err = run("ask", str(noise), "--question-file", str(tmp_path / "q.txt"))
+        assert code == 4
+        assert why in err
+    for name, why in ((none, "no such file"), ("a.svs", "is a slide")):
+        _, _, err = run("chat", name, "--model", "nonsense")
+        assert why in err
 
 
 class Parrot:
@@ -144,6 +161,21 @@ def test_answers_carry_the_probabilities_of_what_a_question_allows() -> None:
     assert unsure.scores["yes"] == pytest.approx(0.75)
 
 
+def test_a_calibrated_model_says_what_is_most_probable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Parrot, "likelihoods", lambda *_: [np.log([0.2, 0.6])])
+    once = Sample("a", ("a.png",), turns=("Is it?",))
+    (found,) = answers([once], Parrot())
+    assert (found.text, found.confidence) == ("no", pytest.approx(0.75))
+    (plain,) = answers([once], Parrot(None))
+    assert (plain.text, plain.confidence) == ("yes", None)
+    for other in (
+        replace(once, images=("a.png", "b.png")),
+        replace(once, turns=("Is it?", "yes", "Is it?")),
+    ):  # calibrated on neither
+        (found,) = answers([other], Parrot())
+        assert (found.text, found.confidence) == ("yes", None)
+
+
 def test_a_talk_remembers_what_was_said_and_not_what_was_not() -> None:
     talk = Talk(["a.png"], Parrot(), 5)
     assert talk.decoding.max_new_tokens == 5
@@ -181,6 +213,9 @@ def test_a_folder_of_images_and_a_file_of_questions_are_asked_one_by_one(
     assert [row["confidence"] for row in json.loads(out)] == [pytest.approx(0.75)] * 2 + [None]
     code, out, _ = run("ask", folder, "Is it?", "--together", "--show-prompt")
     assert out == "<image><image><image>Is it?\n"
+    code, out, _ = run("ask", folder + "/a.png", "Is it?", "--show-prompt", "--json")
+    wanted = {"images": [folder + "/a.png"], "question": "Is it?", "prompt": "<image>Is it?"}
+    assert json.loads(out) == wanted
 
 
 def test_a_broken_image_stops_no_other_and_is_told(
@@ -204,27 +239,35 @@ def test_a_broken_image_stops_no_other_and_is_told(
 
 
 def test_that_a_question_is_closed_is_told_and_free_words_are_uncalibrated(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, noise: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parrot = Parrot()
     monkeypatch.setattr("pathcli.vlm.responders.open_responder", lambda *_, **__: parrot)
     for question in ("Is it?", "What?"):
-        code, _, err = run("ask", "a.png", question)
+        code, _, err = run("ask", str(noise), question)
         assert code == 0
         assert ("uncalibrated for answers in free words (1 of 1)" in err) == (question == "What?")
     assert [sample.answer for sample in parrot.asked] == ["yes", ""]
 
 
 def test_a_talk_is_read_from_the_input_line_by_line(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, noise: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pathcli.vlm.responders.open_responder", lambda *_, **__: Parrot())
     monkeypatch.setattr("sys.stdin", io.StringIO("Count\nAgain\n\nCount\n"))
-    code, out, err = run("chat", "a.png")
+    code, out, err = run("chat", str(noise))
     assert code == 0
-    said = ["one (confidence 0.75)", "two (confidence 0.25)", "one (confidence 0.75)"]
+    said = ["one (confidence 0.75)", "two", "one (confidence 0.75)"]  # nobody calibrated the second
     assert out.splitlines() == said
     assert "Research use only" in err
+
+
+def test_no_confidence_is_shown_as_certain() -> None:
+    assert [sure(c) for c in (None, 0.994, 0.9951)] == [
+        "",
+        " (confidence 0.99)",
+        " (confidence > 0.99)",
+    ]
 
 
 @pytest.mark.data

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Run
 
 from pathcli.errors import DataError
 from pathcli.evals.demo import cluster, demo
@@ -121,3 +122,14 @@ def test_the_real_demo_separates_tissue_that_looks_different(tmp_path: Path, sto
     agree = np.mean([a == b for a, b in pairs])
     chance = sum((np.bincount(labels) / len(labels)) ** 2)
     assert agree > 2 * chance
+
+
+def test_patches_that_cannot_be_shown_are_told_before_the_slide_is_worked_on(
+    run: Run, tmp_path: Path
+) -> None:
+    for name, why in (("", "a folder without images"), ("a.png", "empty file")):
+        if name:
+            (tmp_path / name).write_bytes(b"")
+        code, _, err = run("demo", "--slide", "none.svs", "--patches", str(tmp_path))
+        assert code == 4
+        assert why in err

@@ -86,7 +86,6 @@ def ask(
     it was trained on. A confidence is given where the question allows a few answers and somebody
     calibrated the model on data that was kept apart.
     """
-    from pathcli.cli import show  # noqa: PLC0415
     from pathcli.cli.ask_slides import SlideOptions, ask_slides  # noqa: PLC0415
     from pathcli.slides.discovery import is_slide  # noqa: PLC0415
     from pathcli.vlm.ask import limited, told  # noqa: PLC0415
@@ -103,11 +102,14 @@ def ask(
         responder = open_responder(model, device=device, load=load)
         ask_slides(places, questions, responder, given, json=json)
         return
+    for name in [n for n, v in {"--attend": attend, "--slide-mpp": slide_mpp}.items() if v]:
+        msg = f"{name} is for slides, not for images"
+        raise UsageError(msg)
     samples = _samples(places, questions, together=together)
     responder = open_responder(model, device=device, load=load)
     if show_prompt:
-        for sample in samples:
-            show.answer(responder.prompt(told(sample, responder.taught)))
+        prompts = [responder.prompt(told(sample, responder.taught)) for sample in samples]
+        _show_prompts(samples, prompts, json=json)
         return
     _ask_images(samples, responder, limited(responder.decoding, max_tokens), json=json)
 
@@ -117,7 +119,7 @@ def _split(given: Sequence[str], file: Path | None) -> tuple[list[str], list[str
 
     Raises:
         UsageError: one of them is missing.
-        DataError: the file of questions cannot be read.
+        DataError: an image is not there, or the file of questions cannot be read or has none.
     """
     if file is None:
         places, questions = list(given[:-1]), [given[-1]]
@@ -125,16 +127,29 @@ def _split(given: Sequence[str], file: Path | None) -> tuple[list[str], list[str
             msg = f"{given[-1]} is a file, not a question; the question comes last"
             raise UsageError(msg)
     else:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            msg = f"{file}: questions cannot be read ({error})"
-            raise DataError(msg) from error
-        places, questions = list(given), [line.strip() for line in lines if line.strip()]
-    if not places or not questions or not questions[0].strip():
+        places, questions = list(given), _questions(file)
+    if not places or not questions[0].strip():
         msg = "ask takes an image and a question: pathcli ask img.png 'what tissue?'"
         raise UsageError(msg)
     return places, questions
+
+
+def _questions(file: Path) -> list[str]:
+    """Return the questions of a file, one a line.
+
+    Raises:
+        DataError: it is not there, not text, or empty.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        msg = f"{file}: questions cannot be read ({why})"
+        raise DataError(msg) from error
+    if questions := [line.strip() for line in lines if line.strip()]:
+        return questions
+    msg = f"{file}: no question in it; write one a line"
+    raise DataError(msg)
 
 
 def _refuse(places: Sequence[str], given: Mapping[str, object]) -> None:
@@ -154,16 +169,23 @@ def _refuse(places: Sequence[str], given: Mapping[str, object]) -> None:
 
 
 def _samples(places: Sequence[str], questions: Sequence[str], *, together: bool) -> list[Sample]:
-    """Return every question on every image, or on all of them together."""
+    """Return every question on every image, or on all of them together.
+
+    Raises:
+        DataError: a place is not there, or a folder without images.
+    """
     from pathcli.data.layouts import images_in  # noqa: PLC0415
     from pathcli.types import Sample  # noqa: PLC0415
 
     refs: list[str] = []
     for place in places:
+        if not os.path.exists(place):  # noqa: PTH110 - before a model is read; see `_split`
+            msg = f"{place}: no such file or folder; the question comes last, as one text in quotes"
+            raise DataError(msg)
         found = list(images_in(Path(place))) if Path(place).is_dir() else [place]
         refs += map(str, found)
         if not found:
-            msg = f"{place}: a folder without images"
+            msg = f"{place}: a folder without images; of slides name the files"
             raise DataError(msg)
     sets = [tuple(refs)] if together else [(ref,) for ref in refs]
     return [Sample(some[0], some, turns=(q,)) for some in sets for q in questions]
@@ -177,6 +199,7 @@ def _row(sample: Sample, answer: Answer) -> dict[str, Any]:
         "answer": "" if answer.abstained else answer.text,
         "confidence": answer.confidence,
         "abstained": answer.abstained,
+        "why": answer.text if answer.abstained else None,
         "scores": dict(answer.scores),
         "evidence": list(answer.evidence),
         "scope": answer.scope,
@@ -186,6 +209,18 @@ def _row(sample: Sample, answer: Answer) -> dict[str, Any]:
 
 def _asked(sample: Sample) -> dict[str, Any]:
     return {"images": list(sample.images), "question": sample.turns[-1]}
+
+
+def _show_prompts(samples: Sequence[Sample], prompts: Sequence[str], *, json: bool) -> None:
+    """Print what a model would read of each sample; or all as JSON."""
+    from pathcli.cli import show  # noqa: PLC0415
+
+    if json:
+        rows = [_asked(s) | {"prompt": p} for s, p in zip(samples, prompts, strict=True)]
+        show.as_json(rows[0] if len(rows) == 1 else rows)
+        return
+    for prompt in prompts:
+        show.answer(prompt)
 
 
 def _ask_images(
@@ -215,7 +250,7 @@ def _ask_images(
         asked = f"{sample.turns[-1]} " if several else ""
         where = f"{', '.join(map(str, sample.images))}: " if len(samples) > 1 else ""
         said = f"no answer: {answer.text}" if answer.abstained else answer.text
-        show.answer(f"{where}{asked}{said}{sure(answer)}")
+        show.answer(f"{where}{asked}{said}{sure(answer.confidence)}")
     if json:
         show.as_json(rows[0] if len(rows) == 1 else rows)
     else:
@@ -259,6 +294,9 @@ def _tell(found: Sequence[Answer], responder: Responder) -> None:
     show.say(f"scope: {responder.scope}. {NOTICE}")
 
 
-def sure(answer: Answer) -> str:
-    """Return how sure a model is of an answer, in brackets, where somebody calibrated it."""
-    return "" if answer.confidence is None else f" (confidence {answer.confidence:.2f})"
+def sure(confidence: float | None) -> str:
+    """Return how sure a model is, in brackets, where somebody calibrated it; never as certain."""
+    if confidence is None:
+        return ""
+    shown = f"{confidence:.2f}"
+    return f" (confidence {'> 0.99' if shown == '1.00' else shown})"

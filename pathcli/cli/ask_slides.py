@@ -51,6 +51,7 @@ def ask_slides(
 
     store = o.open_store(options.store)
     embedder = Embedder(build_encoder(options.encoder), store, device=options.device)
+    settings = [responder.digest, embedder.encoder.id, str(options.budget), str(options.attend)]
     askers = [SlideAsker(q, responder, embedder, budget=options.budget) for q in questions]
 
     def work(slide: Found, progress: Progress) -> dict[str, Any]:
@@ -59,7 +60,9 @@ def ask_slides(
         rows = []
         for asker in askers:
             said = asker(slide.path, attend=attend, progress=lambda _: progress, **tiling)
-            files = write_evidence(options.out / folder_name(slide, asker.question), said)
+            files = write_evidence(
+                options.out / folder_name(slide, asker.question, *settings), said
+            )
             if not json:
                 _print(said, files, several=len(askers) > 1)
             rows.append(answer_json(said) | {"files": files})
@@ -102,25 +105,25 @@ def _attention(
     )
 
 
-def folder_name(slide: Found, question: str) -> str:
-    """Return where an answer's evidence goes: slides of one name, and questions, lie apart."""
+def folder_name(slide: Found, question: str, *settings: str) -> str:
+    """Return where an answer's evidence goes: slides of one name, questions, models lie apart."""
     from pathlib import PurePosixPath  # noqa: PLC0415
 
     from pathcli.slides.readers import public_name  # noqa: PLC0415
     from pathcli.types import digest  # noqa: PLC0415
 
     name = public_name(slide.path)
-    return f"{PurePosixPath(name).stem}-ask-{digest([name, question])[:6]}"
+    return f"{PurePosixPath(name).stem}-ask-{digest([name, question, *settings])[:6]}"
 
 
 def _print(said: SlideAnswer, files: dict[str, str], *, several: bool) -> None:
     """Print one answer: what, how sure, by which rule, and where the evidence is."""
+    from pathcli.cli.ask import sure  # noqa: PLC0415
     from pathcli.slides.readers import public_name  # noqa: PLC0415
 
     asked = f" {said.question}" if several else ""
-    sure = "" if said.confidence is None else f" (confidence {said.confidence:.2f})"
     text = f"no answer: {said.text}" if said.abstained else said.text
-    show.answer(f"{public_name(said.slide)}:{asked} {text}{sure}")
+    show.answer(f"{public_name(said.slide)}:{asked} {text}{sure(said.confidence)}")
     show.say(f"rule: {said.rule}")
     for rank, tile in enumerate(said.tiles[:5], 1):
         chance = "" if tile.probability is None else f", P {tile.probability:.2f}"

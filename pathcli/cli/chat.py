@@ -9,6 +9,7 @@ import typer
 
 from pathcli.cli import options as o
 from pathcli.cli.ask import Load, sure
+from pathcli.errors import UsageError
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -26,14 +27,22 @@ def chat(
     """Ask follow-up questions about the same images.
 
     Type a question a line; an empty line begins anew, the end of input (Ctrl-D) ends. Images
-    are encoded once. Questions may also be piped in.
+    are encoded once. Questions may also be piped in. Nobody calibrated answers that follow on
+    others: only the first of a talk has a confidence.
     """
     from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.data.images import read_image  # noqa: PLC0415
+    from pathcli.slides.discovery import is_slide  # noqa: PLC0415
     from pathcli.types import NOTICE  # noqa: PLC0415
     from pathcli.vlm.ask import Talk  # noqa: PLC0415
     from pathcli.vlm.responders import open_responder  # noqa: PLC0415
 
     o.check(None, device)
+    for image in images:  # said now, not after the first question
+        if is_slide(image):
+            msg = f"{image} is a slide; chat is about patches: pathcli ask {image} QUESTION"
+            raise UsageError(msg)
+        read_image(image)
     responder = open_responder(model, device=device, load=load)
     talk = Talk(images, responder, max_tokens)
     show.say(f"scope: {responder.scope}. {NOTICE}")
@@ -45,5 +54,7 @@ def chat(
         if not line.strip():
             talk = Talk(images, responder, max_tokens)
             continue
+        first = not talk.turns
         found = talk(line.strip())
-        show.answer(f"no answer: {found.text}" if found.abstained else found.text + sure(found))
+        told = found.text + (sure(found.confidence) if first else "")
+        show.answer(f"no answer: {found.text}" if found.abstained else told)

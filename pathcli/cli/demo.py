@@ -35,9 +35,12 @@ def demo(
     """Take one slide all the way: tiles, features, a map, a report."""
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.evals.demo import demo as show_river  # noqa: PLC0415
+    from pathcli.evals.demo_ask import shown  # noqa: PLC0415
     from pathcli.report import as_json  # noqa: PLC0415
 
     o.check(slide_mpp, device)
+    if (images := o.folder(patches)) and ask:
+        shown(images)  # what is wrong with them is said before the slide is worked on
     with show.progress(1) as start:
         report = show_river(
             slide,
@@ -46,7 +49,7 @@ def demo(
             encoder=encoder,
             mpp=slide_mpp,
             ask=ask,
-            patches=o.folder(patches),
+            patches=images,
             device=device,
             progress=start(1, slide.name if slide else "demo slide"),
         )

@@ -129,8 +129,9 @@ def say(text: str) -> None:
 
 
 def answer(text: str) -> None:
-    """Print what was asked for on stdout, as it is."""
+    """Print what was asked for on stdout, as it is; at once, into a pipe too."""
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def prompt(text: str) -> None:

@@ -8,6 +8,7 @@ from pathcli.data.images import read_image
 from pathcli.data.layouts import images_in
 from pathcli.encoders import build_encoder
 from pathcli.encoders.embedding import Embedder
+from pathcli.errors import DataError
 from pathcli.evals.evidence import evidence_sheet
 from pathcli.evals.tile_sheet import sheet
 from pathcli.report import Picture, Section
@@ -39,12 +40,28 @@ def asked(
     """Ask clover-mini about a slide, and about a folder of patches; return a page's sections.
 
     Raises:
-        DataError: not a slide, no tile on it, or an image cannot be read.
+        DataError: not a slide, no tile on it, or see `shown`.
         ResourceError: weights are neither here nor to be had.
     """
+    images = shown(patches) if patches else []
     responder = open_responder(device=device)
     sections = [_slide(path, store, responder, mpp=mpp, device=device)]
-    return sections + ([_patches(list(images_in(patches)), responder)] if patches else [])
+    return sections + ([_patches(images, responder)] if images else [])
+
+
+def shown(patches: Path) -> list[Path]:
+    """Return the first images of a folder, which the demo asks about.
+
+    Raises:
+        DataError: there is none, or one of them cannot be read.
+    """
+    images = list(images_in(patches))[:SHOWN]
+    if not images:
+        msg = f"{patches}: a folder without images"
+        raise DataError(msg)
+    for image in images:
+        read_image(str(image))
+    return images
 
 
 def _slide(
@@ -65,13 +82,11 @@ def _slide(
 
 
 def _patches(patches: Sequence[Path], responder: Responder) -> Section:
-    samples = [
-        Sample(p.name, (str(p),), turns=(q,)) for p in patches[:SHOWN] for q in PATCH_QUESTIONS
-    ]
+    samples = [Sample(p.name, (str(p),), turns=(q,)) for p in patches for q in PATCH_QUESTIONS]
     said = answers(samples, responder)
     pairs = [said[i : i + len(PATCH_QUESTIONS)] for i in range(0, len(said), len(PATCH_QUESTIONS))]
-    captions = [[p.name, *map(_line, some)] for p, some in zip(patches, pairs, strict=False)]
-    pixels = [read_image(str(p)) for p in patches[:SHOWN]]
+    captions = [[p.name, *map(_line, some)] for p, some in zip(patches, pairs, strict=True)]
+    pixels = [read_image(str(p)) for p in patches]
     return Section(
         "Questions about patches",
         text=f"Asked of each: {' '.join(PATCH_QUESTIONS)} Confidences are calibrated on patches "

@@ -92,7 +92,8 @@ def answers(
 
     A model that can tell abstains where an image is unlike those it was trained on. Where the
     question says which answers it allows, or the answer is one of those the model was taught,
-    the probabilities of all of them are given.
+    the probabilities of all of them are given. A calibrated model then says the most probable
+    one, and how sure it is: but of one image, and without questions before, as it was calibrated.
 
     Raises:
         DataError: an image cannot be read.
@@ -120,8 +121,10 @@ def _answers(
             return Answer(UNKNOWN, abstained=True, scope=responder.scope, evidence=seen)
         text, allow = texts[id(sample)], options[id(sample)]
         each = dict(zip(allow, scores.get(id(sample), ()), strict=False))
-        sure = each.get(matched(text, allow) or "") if responder.temperature else None
-        seen = _names(sample.images)
+        sure, seen = None, _names(sample.images)
+        if responder.temperature and each and len(sample.turns) == len(sample.images) == 1:
+            text = max(each, key=lambda option: each[option])
+            sure = each[text]
         return Answer(text, False, responder.scope, seen, sure, each)  # noqa: FBT003
 
     return [of(sample) for sample in samples]

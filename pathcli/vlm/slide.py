@@ -216,14 +216,14 @@ class SlideAsker:
         return found
 
     def _read(self, slide: str, tiles: list[Read], progress: Progress) -> list[Read]:
-        """Return the tiles with answers: those that are familiar, if at least half of them are."""
+        """Return the tiles with answers: those that are familiar, if more than half are."""
         regions = [Region(slide, (tile.x0, tile.y0), tile.side0) for tile in tiles]
         judge: Any = getattr(self.responder, "unfamiliar", None)
         strange: set[Region] = set(judge(regions)) if judge else set()
         if judge:
             pairs = zip(tiles, regions, strict=True)
             tiles = [replace(tile, familiar=region not in strange) for tile, region in pairs]
-        if 2 * len(strange) > len(tiles):
+        if 2 * len(strange) >= len(tiles):
             return tiles
         rows = [row for row, region in enumerate(regions) if region not in strange]
         asked = [Sample(slide, (regions[row],), turns=(self.question,)) for row in rows]
@@ -255,7 +255,7 @@ class SlideAsker:
         if not said:
             strange = sum(tile.familiar is False for tile in tiles)
             rule = (
-                f"{strange} of {len(tiles)} tiles chosen, more than half, are unlike what "
+                f"{strange} of {len(tiles)} tiles chosen, half or more, are unlike what "
                 f"{self.responder.name} was trained on"
             )
             return Verdict("outside what this model was trained on", None, True, rule, {})  # noqa: FBT003
