@@ -5,16 +5,21 @@ r"""From a finished run of the recipe clover-mini-stage2 to shipped weights, fig
     pathcli train --recipe clover-mini-stage1 --set data.source=clover-data/captions.csv
     pathcli train --recipe clover-mini-stage2 --set data.source=clover-data/instructions.json \\
         --set start.run=runs/clover-mini-stage1/seed-1
-    python benchmarks/clover_mini.py runs/clover-mini-stage2/seed-1 mini-data/labels.csv --most 2
+    python benchmarks/clover_mini.py RUN mini-data/labels.csv --split val --most 1
+    python benchmarks/clover_mini.py RUN mini-data/labels.csv --most 2
+    python benchmarks/clover_mini_wordings.py mini-data/labels.csv
+    python benchmarks/clover_mini.py RUN mini-data/labels.csv --card
 
-Writes clover-mini.safetensors (float16), recipe.yaml, metrics.json, training.jsonl and
-README.md, the card. `--split val` asks the validation groups and ships nothing but
-calibration.json: the temperature fitted there, before the test groups are asked.
+RUN is runs/clover-mini-stage2/seed-1. `--split val` asks the validation groups and writes
+calibration.json, the temperature fitted there. The test groups are then asked once:
+clover-mini.safetensors (float16), recipe.yaml, training.jsonl and metrics.json are written.
+`--card` writes README.md of all these.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import shutil
@@ -42,6 +47,7 @@ OUT = Path(__file__).parents[1] / "assets" / "clover-mini"
 CARD = Path(__file__).with_name("clover_mini_card.md")
 MAIN = ("tissue", "malignant")  # asked in every unseen wording; the others in a drawn one
 KINDS = ("benign", "named", "either", "choice", "same")
+ENOUGH = 0.93  # balanced accuracy of a wording that works
 LENGTH = 24  # tokens of an answer, at most
 
 Answer = Callable[[Sequence[Sample]], list[str]]
@@ -201,10 +207,12 @@ def ship(run: Run, out: Path) -> Path:
     return path
 
 
-def card(
-    run: Run, figures: dict[str, Any], sure: dict[str, Any], temperature: float, size: int
-) -> str:
-    """Return the model card as Markdown."""
+def card(run: Run, out: Path) -> str:
+    """Return the model card as Markdown, of the figures in a folder."""
+    measured = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    figures, sure = measured["questions"], measured["calibration"]
+    temperature = json.loads((out / "calibration.json").read_text())["temperature"]
+    size = (out / "clover-mini.safetensors").stat().st_size
     names = ("exact_match", "balanced_accuracy", "blind")
     table = {
         kind: {n: row[n] for n in names if n in row} | {"majority": {"value": row["majority"]}}
@@ -215,6 +223,7 @@ def card(
     return CARD.read_text(encoding="utf-8").format(
         figures=_table(table),
         temperature=f"{temperature:.2f}",
+        **wordings(out / "wordings.csv"),
         sure=", ".join(f"{kind} {v['ece']:.3f} ({v['before']:.3f})" for kind, v in sure.items()),
         examples="\n".join(f"| {q} | {wanted} | {said} |" for q, wanted, said in examples),
         megabytes=f"{size / 1e6:.1f}",
@@ -225,6 +234,27 @@ def card(
         ).to_yaml(),
         versions=", ".join(f"{k} {v}" for k, v in known["versions"].items()),
     )
+
+
+def wordings(path: Path) -> dict[str, Any]:
+    """Return what the card says of the wordings of yes and no; see clover_mini_wordings.py."""
+    with path.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    low = [row for row in rows if float(row["balanced_accuracy"]) < ENOUGH]
+
+    def count(some: Sequence[dict[str, str]], kind: str) -> int:
+        return sum(row["kind"] == kind for row in some)
+
+    asked, bad = count(rows, "malignant"), count(low, "malignant")
+    worst = [f'* {r["balanced_accuracy"]} "{r["wording"]}"' for r in rows[:12]]
+    return {
+        "asked": asked,
+        "bad": bad,
+        "good": asked - bad,
+        "benign_asked": count(rows, "benign"),
+        "benign_bad": count(low, "benign"),
+        "worst": "\n" + "\n".join(worst) + "\n",
+    }
 
 
 def _table(found: dict[str, dict[str, Any]]) -> str:
@@ -244,15 +274,19 @@ def _table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Ship, ask, and write the card; or ask the validation groups alone."""
+    """Ship and ask the test groups; or ask the validation groups; or write the card."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("table", type=Path)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--split", default="test", choices=["val", "test"])
     parser.add_argument("--most", type=int, help="images of a group, at most")
+    parser.add_argument("--card", action="store_true", help="write the card of figures alone")
     given = parser.parse_args()
     run = read_run(given.run)
+    if given.card:
+        (given.out / "README.md").write_text(card(run, given.out), encoding="utf-8")
+        return
     lung = {k: v for k, v in read_questions()["classes"].items() if v["organ"] == "lung"}
     rows = few(read_rows(given.table, given.split, lung), given.most)
     shipped = given.split == "test"
@@ -275,10 +309,6 @@ def main() -> None:
     print(sure, flush=True)
     text = json.dumps({"images": len(rows), "questions": figures, "calibration": sure}, indent=1)
     (given.out / "metrics.json").write_text(text + "\n")
-    size = weights.stat().st_size
-    (given.out / "README.md").write_text(
-        card(run, figures, sure, temperature, size), encoding="utf-8"
-    )
 
 
 def few(rows: Sequence[Row], most: int | None) -> list[Row]:
