@@ -82,7 +82,8 @@ def read_run(folder: Path) -> Run:
         metrics = {k: float(v["value"]) for k, v in report["metrics"].items()}
         return Run(folder, Recipe(name, values, recipe), metrics, report["provenance"])
     except (FileNotFoundError, NotADirectoryError) as error:
-        state = "is unfinished; the same train command goes on" if folder.is_dir() else "is no run"
+        begun = (folder / "recipe.yaml").is_file()
+        state = "is unfinished; the same train command goes on" if begun else "is no run"
         msg = f"{folder} {state} ({Path(str(error.filename)).name} is not there)"
         raise ResourceError(msg) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathcli.types import ImageRef
     from pathcli.vlm.responders import Decoding, Responder
 
-AT_ONCE = 64  # questions: what is encoded of their images is still there for all of it
+AT_ONCE = 16  # questions: what is encoded of their images is still there for all of it
 UNKNOWN = "outside what this model was trained on"
 
 
