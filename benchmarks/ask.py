@@ -1,7 +1,8 @@
 """What asking costs over the bare language model; one JSON line a part.
 
 `words`: time to the first word and words a second of a responder's answer to a second question
-about an image, over transformers' own `generate` on embeddings that lie ready.
+about an image, over the connector and transformers' own `generate` on image tokens that lie
+ready: what reading the words of a question and keeping image tokens cost.
 `again`: images encoded by a first question on each of some images, and by a second.
 `folder`: questions answered in batches over the same ones one at a time.
 `slide`: of a question about a slide whose features are in the store, the share of the time that
@@ -67,16 +68,16 @@ def words(responder: RunResponder, images: Sequence[str], rounds: int) -> Iterab
     sample = Sample("x", (images[0],), turns=(QUESTION,))
     network = responder.examples.language.network
     batch = sent(responder.examples.ask([sample], np.random.default_rng(0)), responder.device)
-    with torch.inference_mode():
-        embeds = responder.module.embeds(batch).to(network.dtype)
-    given = {"inputs_embeds": embeds, "attention_mask": batch["mask"].long()}
+    mask = batch["mask"].long()
 
     for name, count in (("first word", 1), ("words", LONG)):
         decoding = Decoding(count, min_new_tokens=count)
 
         def bare(count: int = count) -> object:
             with torch.inference_mode():
-                return network.generate(**given, max_new_tokens=count, min_new_tokens=count)
+                embeds = responder.module.embeds(batch).to(network.dtype)
+                how = {"max_new_tokens": count, "min_new_tokens": count}
+                return network.generate(inputs_embeds=embeds, attention_mask=mask, **how)
 
         def ours(decoding: Decoding = decoding) -> object:
             return list(responder.answer([sample], decoding))
