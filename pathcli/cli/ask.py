@@ -35,14 +35,6 @@ QuestionFile = Annotated[
 Together = Annotated[
     bool, typer.Option("--together", help="One question on all images at once, not on each.")
 ]
-Load = Annotated[
-    str,
-    typer.Option(
-        "--load",
-        help="Numbers of the language model.",
-        metavar="auto|float32|bfloat16|float16|8bit|4bit",
-    ),
-]
 Encoder = Annotated[
     str,
     typer.Option(
@@ -65,7 +57,7 @@ def ask(
     question_file: QuestionFile = None,
     together: Together = False,
     model: o.Model = o.SHIPPED,
-    load: Load = "auto",
+    load: o.Load = "auto",
     max_tokens: o.MaxTokens = None,
     show_prompt: ShowPrompt = False,
     encoder: Encoder = "mini-clip",

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pathcli.cli import options as o
-from pathcli.cli.ask import Load, sure
+from pathcli.cli.ask import sure
 from pathcli.errors import UsageError
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -20,7 +20,7 @@ Images = Annotated[list[str], typer.Argument(help="Images of patches, shown toge
 def chat(
     images: Images,
     model: o.Model = o.SHIPPED,
-    load: Load = "auto",
+    load: o.Load = "auto",
     max_tokens: o.MaxTokens = None,
     device: o.Device = "auto",
 ) -> None:

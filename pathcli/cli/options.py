@@ -76,6 +76,14 @@ Model = Annotated[
         metavar="NAME|RUN|hf:ID|URL",
     ),
 ]
+Load = Annotated[
+    str,
+    typer.Option(
+        "--load",
+        help="Numbers of the language model.",
+        metavar="auto|float32|bfloat16|float16|8bit|4bit",
+    ),
+]
 MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", help="Most tokens of an answer [default: the model's].", min=1),

@@ -24,12 +24,6 @@ Dataset = Annotated[
         "JSON, CSV of question, answer, image[, options, type, id, group]."
     ),
 ]
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model", help="clover-mini, a run's folder, hf:ID or http://HOST/v1#NAME.", metavar="NAME"
-    ),
-]
 Data = Annotated[
     Path | None,
     typer.Option("--data", help="Folder of a known set, or its table.", metavar="PATH"),
@@ -80,16 +74,12 @@ Permute = Annotated[
     int, typer.Option("--permute", help="Orders of options that are asked.", metavar="N", min=1)
 ]
 Blind = Annotated[bool, typer.Option("--blind", help="Ask once more with other images.")]
-LoadAs = Annotated[
-    str,
-    typer.Option("--load", help="auto, float32, bfloat16, float16, 8bit or 4bit.", metavar="AS"),
-]
 
 
 @app.command()
 def vqa_eval(
     dataset: Dataset,
-    model: Model = "clover-mini",
+    model: o.Model = "clover-mini",
     data: Data = None,
     images: Images = None,
     split: Split = None,
@@ -103,7 +93,7 @@ def vqa_eval(
     judge: Judge = None,
     tokens: Tokens = None,
     device: o.Device = "auto",
-    load: LoadAs = "auto",
+    load: o.Load = "auto",
     out: o.ReportFolder = o.OUT,
     json: o.Json = False,
 ) -> None:
