@@ -310,6 +310,7 @@ class Slide(Protocol):
     path: Path | str
     info: SlideInfo
     downsamples: tuple[float, ...]
+    why: str  # which reader serves the pixels, and why that one
 
     def read(self, xy: tuple[int, int], level: int, size: tuple[int, int]) -> ByteArray:
         """Return uint8 RGB [height, width, 3] of `size` (w, h) pixels of `level` at level-0 `xy`.

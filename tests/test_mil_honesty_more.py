@@ -31,7 +31,7 @@ from pathcli.mil.predict import Predictor
 from pathcli.mil.tables import read_labels
 from pathcli.recipe import Recipe, load_recipe
 from pathcli.runs import train
-from pathcli.slides import readers
+from pathcli.slides import plain
 from pathcli.slides.tiling import tile_spec
 from pathcli.store import Store
 from pathcli.store.store import FeatureEntries
@@ -299,13 +299,13 @@ def test_no_more_bags_are_mapped_at_once_than_may_be(
 def test_geojson_counts_from_the_scans_bounds_whatever_its_suffix(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    real = readers.ImageReader.__init__
+    real = plain.ImageReader.__init__
 
-    def init(self: readers.ImageReader, path: Path | str) -> None:
+    def init(self: plain.ImageReader, path: Path | str) -> None:
         real(self, path)
         self.info = replace(self.info, bounds=(256, 192, 640, 512))
 
-    monkeypatch.setattr(readers.ImageReader, "__init__", init)
+    monkeypatch.setattr(plain.ImageReader, "__init__", init)
     slide = tmp_path / "bounded.png"
     Image.fromarray(synthetic.picture(1024, 768, (256, 192, 640, 512))).save(slide)
     ring = [[64, 64], [256, 64], [256, 192], [64, 192], [64, 64]]

@@ -21,6 +21,7 @@ import numpy as np
 from pathcli.errors import DataError, ResourceError
 from pathcli.registry import resolve
 from pathcli.slides.dicom import is_ycbcr_named_rgb
+from pathcli.slides.direct import DirectReader, UnservedError
 from pathcli.store.store import item_name
 from pathcli.types import MPP_RANGE, Slide, SlideInfo
 
@@ -40,25 +41,49 @@ log = logging.getLogger("pathcli")
 def open_slide(path: Path | str, reader: str = "auto") -> Slide:
     """Open a slide with the named reader, or with the first that understands it.
 
+    Over that one the direct reader serves pixels where it can; `why` of the slide says so.
+
     Raises:
         DataError: it is not there, empty, or no reader understands it.
     """
-    remote = "://" in str(path)
-    shown = public_name(path)
-    if not remote:
+    if "://" not in str(path):
         path = Path(path)
         _require_content(path)
     if reader != "auto":
         opened: Slide = resolve("reader", reader)(path)
         return opened
+    below = _first_to_understand(path)
+    try:
+        return DirectReader(below)
+    except UnservedError as error:
+        below.why = f"{below.info.reader}: {error}"
+        plain: Slide = below
+        return plain
+
+
+def open_direct(path: Path | str) -> Slide:
+    """Open a slide for the direct reader or not at all.
+
+    Raises:
+        DataError: no reader understands it, or its file is not tiled as needed.
+    """
+    below = _first_to_understand(path)
+    try:
+        return DirectReader(below)
+    except UnservedError as error:
+        below.close()
+        msg = f"{public_name(path)}: cannot be read directly: {error}"
+        raise DataError(msg) from error
+
+
+def _first_to_understand(path: Path | str) -> Any:  # noqa: ANN401 - whichever reader it is
     failures: list[str] = []
-    for name in _candidates(path, remote=remote):
+    shown = public_name(path)
+    for name in _candidates(path, remote="://" in str(path)):
         try:
-            found: Slide = resolve("reader", name)(path)
+            return resolve("reader", name)(path)
         except DataError as error:
             failures.append(str(error).removeprefix(f"{shown}: "))
-        else:
-            return found
     msg = f"{shown}: not a slide that can be read ({'; '.join(failures)})"
     raise DataError(msg)
 
@@ -138,13 +163,22 @@ def _stem(path: Path | str, vendor: str) -> str:
     return name if vendor == "dicom" else Path(name).stem
 
 
-def _info(path: Path | str, fingerprint: str, vendor: str, reader: str, **known: Any) -> SlideInfo:  # noqa: ANN401
+def slide_info(
+    path: Path | str,
+    fingerprint: str,
+    vendor: str,
+    reader: str,
+    **known: Any,  # noqa: ANN401 - the other fields, checked by SlideInfo
+) -> SlideInfo:
+    """Return what is known of a slide, its name in the store made of file name and content."""
     item = item_name(_stem(path, vendor), fingerprint)
     return SlideInfo(item=item, fingerprint=fingerprint, vendor=vendor, reader=reader, **known)
 
 
 class OpenSlideReader:
     """SVS, NDPI, MRXS, DICOM, SCN, BIF, VMS, ZVI, Philips, Ventana and generic tiled TIFF."""
+
+    why = "openslide: as asked"
 
     def __init__(self, path: Path | str) -> None:
         """Open `path`.
@@ -165,7 +199,8 @@ class OpenSlideReader:
         quick = properties.get(openslide.PROPERTY_NAME_QUICKHASH1)
         box = [_bound(properties, name) for name in ("x", "y", "width", "height")]
         self.downsamples = tuple(handle.level_downsamples)
-        self.info = _info(
+        self.dimensions = tuple(handle.level_dimensions)
+        self.info = slide_info(
             path,
             quick or sampled_fingerprint(path),
             vendor,
@@ -238,6 +273,8 @@ def _bound(properties: Mapping[str, Any], name: str) -> int | None:
 class TiffSlideReader:
     """OME-TIFF, TIFF that OpenSlide refuses, and remote TIFF (any fsspec address)."""
 
+    why = "tiffslide: as asked"
+
     def __init__(self, path: Path | str) -> None:
         """Open `path`, a local path or an address such as https:// or s3://.
 
@@ -268,7 +305,8 @@ class TiffSlideReader:
             raise DataError(msg)
         self._handle = handle
         self.downsamples = tuple(float(d) for d in handle.level_downsamples)
-        self.info = _info(
+        self.dimensions = tuple((int(w), int(h)) for w, h in handle.level_dimensions)
+        self.info = slide_info(
             self.path,
             sampled_fingerprint(path),
             str(handle.properties.get("tiffslide.vendor") or "tiff"),
@@ -285,71 +323,13 @@ class TiffSlideReader:
         try:
             region = self._handle.read_region(xy, level, size, as_array=True)
         except Exception as error:  # codecs raise what the bytes provoke
-            msg = (
-                f"{self.path}: region {xy} of level {level} cannot be decoded ({_one_line(error)})"
-            )
+            msg = f"{self.path}: region {xy} of level {level} cannot be decoded ({one_line(error)})"
             raise DataError(msg) from error
         return np.ascontiguousarray(region)
 
     def close(self) -> None:
         """Release the file."""
         self._handle.close()
-
-
-class ImageReader:
-    """PNG, JPEG, BMP or simple TIFF as a slide of one level; its mpp must be given."""
-
-    def __init__(self, path: Path | str) -> None:
-        """Read the whole image.
-
-        Raises:
-            DataError: it is not an 8-bit image, or too large to be read at once.
-        """
-        from PIL import Image, UnidentifiedImageError  # noqa: PLC0415
-
-        self.path = path
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # its remarks on headers are no news
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path) as image:
-                    if image.mode not in {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}:
-                        msg = f"{path}: not an 8-bit image (mode {image.mode})"
-                        raise DataError(msg)
-                    flat = Image.new("RGBA", image.size, "white")
-                    flat.alpha_composite(image.convert("RGBA"))
-                    self._pixels = np.asarray(flat.convert("RGB"))
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            msg = f"{path}: too large for a plain image; convert it to a tiled pyramidal TIFF"
-            raise DataError(msg) from error
-        except UnidentifiedImageError as error:
-            msg = f"{path}: not an image"
-            raise DataError(msg) from error
-        except (OSError, SyntaxError, ValueError) as error:
-            msg = f"{path}: not a whole image ({_one_line(error)})"
-            raise DataError(msg) from error
-        height, width = self._pixels.shape[:2]
-        self.downsamples = (1.0,)
-        self.info = _info(
-            path,
-            sampled_fingerprint(path),
-            "image",
-            "image",
-            width=width,
-            height=height,
-            mpp=None,
-            objective=None,
-            bounds=(0, 0, width, height),
-        )
-
-    def read(self, xy: tuple[int, int], level: int, size: tuple[int, int]) -> ByteArray:
-        """Return uint8 RGB [h, w, 3]; see `Slide.read`."""
-        del level
-        (x, y), (w, h) = xy, size
-        return self._pixels[y : y + h, x : x + w]
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
 
 def _why_no_tiff(error: Exception) -> str:
@@ -359,7 +339,7 @@ def _why_no_tiff(error: Exception) -> str:
     return f"truncated or damaged TIFF ({type(error).__name__})"
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Return the type and first words of a foreign error; never its bulk."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:80]}" if lines else type(error).__name__
