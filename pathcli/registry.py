@@ -62,16 +62,22 @@ BUILTIN: dict[str, dict[str, str]] = {
         "pairs": "pathcli.data.pairs:PairData",
         "classes": "pathcli.data.captions:ClassCaptions",
         "instructions": "pathcli.data.instructions:InstructionData",
+        "texts": "pathcli.data.instructions:TextData",
     },
     "tissue": {
         "otsu": "pathcli.slides.tissue:Otsu",
         "hsv": "pathcli.slides.tissue:HSV",
+        "hsv:bwh_biopsy": "pathcli.slides.tissue_methods:bwh_biopsy",
+        "hsv:bwh_resection": "pathcli.slides.tissue_methods:bwh_resection",
+        "hsv:tcga": "pathcli.slides.tissue_methods:tcga",
+        "auto": "pathcli.slides.tissue_methods:Auto",
         "none": "pathcli.slides.tissue:Everything",
     },
     "reader": {
+        "direct": "pathcli.slides.readers:open_direct",
         "openslide": "pathcli.slides.readers:OpenSlideReader",
         "tiffslide": "pathcli.slides.readers:TiffSlideReader",
-        "image": "pathcli.slides.readers:ImageReader",
+        "image": "pathcli.slides.plain:ImageReader",
     },
 }
 

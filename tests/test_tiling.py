@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pathcli.errors import DataError
-from pathcli.slides import discover, overlay, readers
+from pathcli.slides import discover, overlay, plain
 from pathcli.slides.geojson import polygons, write_geojson
 from pathcli.slides.tiling import grid, read_tile, tile, tile_spec
 from pathcli.slides.tissue import Tissue, find_tissue, method, overview
@@ -311,13 +311,13 @@ def test_an_empty_mask_has_no_polygon() -> None:
 def bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A plain image that says, as MRXS slides do, that only part of it was scanned."""
     bounds = (300, 200, 900, 700)
-    real = readers.ImageReader.__init__
+    real = plain.ImageReader.__init__
 
-    def init(self: readers.ImageReader, path: Path | str) -> None:
+    def init(self: plain.ImageReader, path: Path | str) -> None:
         real(self, path)
         self.info = replace(self.info, bounds=bounds)
 
-    monkeypatch.setattr(readers.ImageReader, "__init__", init)
+    monkeypatch.setattr(plain.ImageReader, "__init__", init)
     pixels = np.full((1100, 1500, 3), 255, np.uint8)
     pixels[200:900, 300:1200] = synthetic.picture(900, 700, (100, 100, 500, 400))
     Image.fromarray(pixels).save(tmp_path / "bounded.png")

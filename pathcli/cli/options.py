@@ -26,9 +26,28 @@ Step = Annotated[
     int | None,
     typer.Option("--step", help="From tile to tile [default: --size].", metavar="PX", min=1),
 ]
-Tissue = Annotated[str, typer.Option("--tissue", help="Tissue method.", metavar="otsu|hsv|none")]
+Tissue = Annotated[
+    str,
+    typer.Option(
+        "--tissue",
+        help="Tissue method; hsv also with one of CLAM's presets, as in hsv:tcga.",
+        metavar="otsu|hsv|hsv:PRESET|auto|none",
+    ),
+]
 MinTissue = Annotated[
     float, typer.Option("--min-tissue", help="Least share of tissue in a tile.", metavar="0-1")
+]
+Roi = Annotated[
+    Path | None,
+    typer.Option(
+        "--roi",
+        help="Only inside these polygons: GeoJSON, ASAP or Aperio XML, or a folder of them.",
+        metavar="FILE|DIR",
+    ),
+]
+Drop = Annotated[
+    str,
+    typer.Option("--drop", help="Leave out tiles that are ...", metavar="blur,pen,dark,white"),
 ]
 SlideMpp = Annotated[
     float | None,
@@ -141,8 +160,13 @@ def spec_of(
     step: int | None,
     tissue: str,
     min_tissue: float,
+    drop: str = "",
 ) -> TileSpec:
-    """Return the specification the options ask for, `native` filling what they leave open."""
+    """Return the specification the options ask for, `native` filling what they leave open.
+
+    Raises:
+        UsageError: an unknown tissue method or flag, or numbers that cannot be tiled.
+    """
     from pathcli.slides.tiling import tile_spec  # noqa: PLC0415
 
     return tile_spec(
@@ -151,4 +175,23 @@ def spec_of(
         step_px=step,
         tissue=tissue,
         min_tissue=min_tissue,
+        drop=tuple(name.strip() for name in drop.split(",") if name.strip()),
     )
+
+
+def roi_of(given: Path | None, slide: str, slides: int = 1) -> Path | None:
+    """Return the file of a slide's region of interest: `--roi` itself, or one of its folder.
+
+    Args:
+        given: the option, a file or a folder that holds one file per slide, named by its stem.
+        slide: the slide's path or address.
+        slides: how many slides the command has; a file belongs to one.
+
+    Raises:
+        UsageError: one file for several slides.
+        ResourceError: there is no such file or folder.
+        DataError: the folder has no file for this slide, or several.
+    """
+    from pathcli.slides.roi import roi_file  # noqa: PLC0415
+
+    return None if given is None else roi_file(given, slide, slides)

@@ -1,4 +1,4 @@
-"""Annotation files in, lesion polygons out: ASAP's XML, CAMELYON16's JSON, QuPath's GeoJSON."""
+"""Annotation files in, polygons out: ASAP's and Aperio's XML, CAMELYON16's JSON, GeoJSON."""
 
 from __future__ import annotations
 
@@ -21,18 +21,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pathcli")
 
-_EXCLUDED = {"_2", "exclusion", "normal", "ignore*"}  # healthy islands inside a lesion
+_EXCLUDED = {"_2", "exclusion", "normal", "ignore*", "negative"}  # healthy islands inside a lesion
 _NO_LESION = {"tissue", "region*"}  # outlines of something else
-_AREAS = {"polygon", "spline", "rectangle"}  # ASAP's kinds that enclose something
+_AREAS = {"polygon", "spline", "rectangle", "0", "1"}  # kinds that enclose something
+_ELLIPSES = {"ellipse", "2"}  # Aperio's, given by points on their bounding box
+NEGATIVE = "negative"  # the class of Aperio's regions with NegativeROA
 _CORNERS = 3
 _SPECK = 0.01  # share of a ring's largest lobe under which another is no lesion of its own
 
 
-class _Drawn(NamedTuple):
-    """One annotation: its classes in lower case, and its rings [k, 2], the outer one first."""
+class Drawn(NamedTuple):
+    """One annotation: its classes in lower case, and its rings [k, 2], the outer one first.
+
+    Points, lines and rings of fewer than three points have no rings.
+    """
 
     classes: set[str]
     rings: list[NDArray[np.float64]]
+
+    @property
+    def area(self) -> Any:  # noqa: ANN401 - shapely is untyped
+        """The valid area: the outer ring's without the others'."""
+        shell, *holes = map(_ring, self.rings)
+        return shell.difference(shapely.unary_union(holes))
 
 
 def read_lesions(
@@ -40,10 +51,11 @@ def read_lesions(
 ) -> list[Polygon]:
     """Return the lesions of an annotation file: valid polygons in level-0 px, by (y, x).
 
-    Read are ASAP's XML (CAMELYON16 and 17), `{"positive": [...], "negative": [...]}` with
-    `name` and `vertices` (CAMELYON16 as JSON), and GeoJSON of annotations (QuPath). An
-    annotation is a lesion whatever its group or class, except: `_2`, `Exclusion`, `Normal`
-    and `Ignore*` are subtracted, `Tissue` and `Region*` are left out (case does not matter).
+    Read are ASAP's XML (CAMELYON16 and 17), Aperio's XML, `{"positive": [...], "negative":
+    [...]}` with `name` and `vertices` (CAMELYON16 as JSON), and GeoJSON of annotations
+    (QuPath). An annotation is a lesion whatever its group or class, except: `_2`,
+    `Exclusion`, `Normal`, `Ignore*` and Aperio's NegativeROA are subtracted, `Tissue` and
+    `Region*` are left out (case does not matter).
     Points, lines and rings of fewer than three points are left out with a warning.
 
     Lesions that overlap or share an edge become one, and an exclusion may split one in two:
@@ -61,15 +73,7 @@ def read_lesions(
         DataError: the file is none of these formats, or is damaged.
     """
     path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        msg = f"{path}: annotations cannot be read ({error.strerror}); is the path right?"
-        raise ResourceError(msg) from error
-    if raw.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        drawn = _from_xml(path, raw)
-    else:
-        drawn = _from_json(path, raw, bounds)
+    drawn = read_drawn(path, bounds)
     kept = [one for one in drawn if one.rings and not one.classes & _NO_LESION]
     if len(kept) < len(drawn):
         log.warning(
@@ -78,14 +82,29 @@ def read_lesions(
         )
     shapes: tuple[list[Any], list[Any]] = ([], [])
     for one in kept:
-        shell, *holes = map(_ring, one.rings)
-        excluded = bool(one.classes & _EXCLUDED)
-        shapes[excluded].append(shell.difference(shapely.unary_union(holes)))
+        shapes[bool(one.classes & _EXCLUDED)].append(one.area)
     lesions, healthy = map(shapely.unary_union, shapes)
-    return sorted(_polygons(lesions.difference(healthy)), key=lambda p: p.bounds[1::-1])
+    return sorted(polygons_of(lesions.difference(healthy)), key=lambda p: p.bounds[1::-1])
 
 
-def _polygons(shape: Any) -> list[Polygon]:  # noqa: ANN401 - shapely is untyped
+def read_drawn(path: Path, bounds: tuple[int, int, int, int]) -> list[Drawn]:
+    """Return all annotations of a file, in level-0 px; see `read_lesions`.
+
+    Raises:
+        ResourceError: there is no such file, or it may not be read.
+        DataError: the file is none of the known formats, or is damaged.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        msg = f"{path}: annotations cannot be read ({error.strerror}); is the path right?"
+        raise ResourceError(msg) from error
+    if raw.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        return _from_xml(path, raw)
+    return _from_json(path, raw, bounds)
+
+
+def polygons_of(shape: Any) -> list[Polygon]:  # noqa: ANN401 - shapely is untyped
     """Return the polygons of any geometry; lines and points that mending left are dropped."""
     parts = shapely.get_parts(shapely.get_parts(shape))  # a collection may hold multipolygons
     return [part for part in parts if part.geom_type == "Polygon" and part.area > 0]
@@ -93,7 +112,7 @@ def _polygons(shape: Any) -> list[Polygon]:  # noqa: ANN401 - shapely is untyped
 
 def _ring(points: NDArray[np.float64]) -> Any:  # noqa: ANN401 - shapely is untyped
     """Return the valid area of a ring: all its lobes but specks where the hand trembled."""
-    lobes = _polygons(shapely.make_valid(Polygon(points)))
+    lobes = polygons_of(shapely.make_valid(Polygon(points)))
     largest = max((lobe.area for lobe in lobes), default=0.0)
     return shapely.unary_union([lobe for lobe in lobes if lobe.area >= _SPECK * largest])
 
@@ -126,16 +145,16 @@ def _refuse(path: Path, why: str, cause: Exception | None = None) -> NoReturn:
     raise DataError(msg) from cause
 
 
-def _from_xml(path: Path, raw: bytes) -> list[_Drawn]:
-    """Read ASAP's XML without a document type, so that no entity can be declared."""
+def _from_xml(path: Path, raw: bytes) -> list[Drawn]:
+    """Read ASAP's or Aperio's XML without a document type, so that no entity can be declared."""
     found: list[tuple[Mapping[str, str], list[tuple[int, str, str]]]] = []
     roots: list[str] = []
 
     def start(name: str, attributes: dict[str, str]) -> None:
         roots.append(name)
-        if name == "Annotation":
+        if name == ("Annotation" if roots[0] == "ASAP_Annotations" else "Region"):
             found.append((attributes, []))
-        elif name == "Coordinate" and found:
+        elif name in {"Coordinate", "Vertex", "V"} and found:
             order = int(attributes.get("Order", len(found[-1][1])))
             found[-1][1].append((order, attributes["X"], attributes["Y"]))
 
@@ -151,24 +170,42 @@ def _from_xml(path: Path, raw: bytes) -> list[_Drawn]:
         _refuse(path, f"not whole XML ({error})", error)
     except (KeyError, ValueError) as error:
         _refuse(path, f"a Coordinate without a proper Order, X or Y ({error})", error)
-    if roots[0] != "ASAP_Annotations":
-        _refuse(path, f"<{roots[0]}> is not ASAP's XML")
-    drawn = []
-    for attributes, points in found:
-        area = attributes.get("Type", "Polygon").lower() in _AREAS
-        ring = [(x, y) for _, x, y in sorted(points, key=lambda point: point[0])]
-        group = attributes.get("PartOfGroup", "None").lower()
-        drawn.append(_Drawn({group}, _rings(path, [ring]) if area else []))
-    return drawn
+    if roots[0] not in {"ASAP_Annotations", "Annotations"}:
+        _refuse(path, f"<{roots[0]}> is neither ASAP's XML nor Aperio's")
+    return [_from_region(path, attributes, points) for attributes, points in found]
 
 
-def _from_json(path: Path, raw: bytes, bounds: tuple[int, int, int, int]) -> list[_Drawn]:
+def _from_region(
+    path: Path, attributes: Mapping[str, str], points: list[tuple[int, str, str]]
+) -> Drawn:
+    """Return one annotation of ASAP's XML, or one region of Aperio's."""
+    kind = attributes.get("Type", "polygon").lower()
+    ring: Any = [(x, y) for _, x, y in sorted(points, key=lambda point: point[0])]
+    if kind in _ELLIPSES:
+        ring = _ellipse(_points(path, ring))
+    group = attributes.get("PartOfGroup", "None").lower()
+    if attributes.get("NegativeROA", "0").lower() not in {"0", "false"}:
+        group = NEGATIVE
+    return Drawn({group}, _rings(path, [ring]) if kind in _AREAS | _ELLIPSES else [])
+
+
+def _ellipse(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the ring [64, 2] of the ellipse in the bounding box of points."""
+    if not len(points):
+        return points
+    low, high = points.min(axis=0), points.max(axis=0)
+    turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+    around = np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    return np.asarray((low + high) / 2 + (high - low) / 2 * around)
+
+
+def _from_json(path: Path, raw: bytes, bounds: tuple[int, int, int, int]) -> list[Drawn]:
     """Read CAMELYON16's JSON, or GeoJSON counted from the corner of `bounds`."""
     try:
         value = json.loads(raw)
         if isinstance(value, dict) and "positive" in value:
             return [
-                _Drawn({group}, _rings(path, [one["vertices"]]))
+                Drawn({group}, _rings(path, [one["vertices"]]))
                 for key, group in (("positive", "_0"), ("negative", "_2"))
                 for one in value.get(key, [])
             ]
@@ -184,7 +221,7 @@ def _from_json(path: Path, raw: bytes, bounds: tuple[int, int, int, int]) -> lis
 
 def _from_feature(
     path: Path, feature: Mapping[str, Any], bounds: tuple[int, int, int, int]
-) -> Iterator[_Drawn]:
+) -> Iterator[Drawn]:
     """Yield the areas of one GeoJSON feature; QuPath's detections and cells are no lesions."""
     properties = feature.get("properties") or {}
     looks = properties.get("classification") or {}
@@ -195,4 +232,4 @@ def _from_feature(
     if properties.get("objectType", "annotation") != "annotation":
         drawn = [[]]
     for rings in drawn:
-        yield _Drawn(classes, [ring + corner for ring in _rings(path, rings)])
+        yield Drawn(classes, [ring + corner for ring in _rings(path, rings)])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 LONG_SIDE = 1600
 CONTOUR = (0, 158, 115)
 GRID = (40, 40, 40)
+REGION = (0, 114, 178)
 OUTLINE = (0, 0, 0)
 COLOURS = "viridis"  # matplotlib's; its middle and top are no colours of haematoxylin and eosin
 PALETTE = (
@@ -117,8 +118,13 @@ def _round_length(um: float) -> float:
     return float(max(m * power for m in (1, 2, 5) if m * power <= um))
 
 
-def draw_tiles(slide: Slide, tiles: Tiles, tissue: Tissue) -> ByteArray:
-    """Return an overview: the scan, what is left out paled, tissue outline, tiles, scale bar."""
+def draw_tiles(
+    slide: Slide, tiles: Tiles, tissue: Tissue, roi: Iterable[Polygon] = ()
+) -> ByteArray:
+    """Return an overview: the scan, what is left out paled, tissue outline, tiles, scale bar.
+
+    The polygons of `roi` (level-0 px) are outlined in another colour than the tissue.
+    """
     canvas = Canvas(slide, tiles.slide_mpp)
     kept = np.zeros(canvas.pixels.shape[:2], bool)
     boxes = canvas.boxes(tiles)
@@ -133,6 +139,7 @@ def draw_tiles(slide: Slide, tiles: Tiles, tissue: Tissue) -> ByteArray:
         cv2.rectangle(canvas.pixels, (x0, y0), (x1, y1), GRID, 1)
     if tiles.spec.tissue != "none":
         canvas.outline(polygons(tissue), CONTOUR, 3)
+    canvas.outline(roi, REGION, 4)
     canvas.scale_bar()
     return canvas.pixels
 

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,10 @@ from PIL import Image
 from pathcli.errors import UsageError
 from pathcli.slides.geojson import write_geojson
 from pathcli.slides.overlay import draw_tiles, save_png
+from pathcli.slides.quality import flag_tiles, flags
 from pathcli.slides.readers import open_slide, slide_mpp
+from pathcli.slides.roi import LEAST_INSIDE, Roi, read_roi
+from pathcli.slides.stains import stain_named
 from pathcli.slides.tissue import (
     DARK_BACKGROUND,
     Tissue,
@@ -28,6 +31,7 @@ from pathcli.store import Store
 from pathcli.types import MPP_RANGE, Tiles, TileSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pathcli")
 
 _COARSE = 1.05  # a slide this much coarser than asked is upsampled visibly
+_MANY = 0.5  # share of dropped tiles from which the user is told
 _SUSPICIOUS = 0.98  # tissue share at which a coloured background is likelier than tissue
 
 
@@ -47,12 +52,13 @@ def tile_spec(
     step_px: int | None = None,
     tissue: str = "otsu",
     min_tissue: float = 0.5,
+    drop: Iterable[str] = (),
     **parameters: float,
 ) -> TileSpec:
     """Return a complete specification: defaults filled in, the tissue method's included.
 
     Raises:
-        UsageError: an unknown method, or numbers that cannot be tiled.
+        UsageError: an unknown method or flag, or numbers that cannot be tiled.
     """
     built = method(tissue, **parameters)
     return TileSpec(
@@ -63,12 +69,17 @@ def tile_spec(
         tissue_params=parameters_of(built),
         tissue_version=built.version,
         min_tissue=min_tissue,
+        drop=flags(drop),
     )
 
 
 @dataclass(frozen=True)
 class TileRun:
-    """What `tile` did for one slide; `cached` says that the store already had the tiles."""
+    """What `tile` did for one slide; `cached` says that the store already had the tiles.
+
+    `why` says why this reader served. `dropped` counts the tiles on tissue that had each of
+    the flags asked for, where they were computed: None for tiles from the store.
+    """
 
     path: str
     tiles: Tiles
@@ -79,6 +90,8 @@ class TileRun:
     overview: Path | None = None
     geojson: Path | None = None
     warnings: tuple[str, ...] = field(default=())
+    why: str = ""
+    dropped: Mapping[str, int] | None = None
 
 
 def tile(
@@ -91,6 +104,7 @@ def tile(
     out: Path | None = None,
     overview: bool = True,
     geojson: bool = False,
+    roi: Roi | Path | None = None,
 ) -> TileRun:
     """Cut one slide into tiles, or find them in the store.
 
@@ -103,9 +117,10 @@ def tile(
         out: folder for pictures; none are drawn without it.
         overview: draw scan, tissue and tiles as PNG.
         geojson: write the tissue for QuPath.
+        roi: only tiles of which at least half lies inside: a region, or its annotation file.
 
     Raises:
-        DataError: not a slide, or no usable resolution.
+        DataError: not a slide, no usable resolution, or no region on this slide.
         ResourceError: the store cannot be written.
     """
     with closing(open_slide(path)) as slide:
@@ -118,6 +133,7 @@ def tile(
             out=out,
             overview=overview,
             geojson=geojson,
+            roi=roi,
         )
 
 
@@ -131,6 +147,7 @@ def tile_slide(
     out: Path | None = None,
     overview: bool = True,
     geojson: bool = False,
+    roi: Roi | Path | None = None,
 ) -> TileRun:
     """Do what `tile` does, for a slide that is already open."""
     start = time.perf_counter()
@@ -139,20 +156,24 @@ def tile_slide(
     known = slide.info.mpp
     if known and MPP_RANGE[0] <= known <= MPP_RANGE[1] and not 0.5 <= used / known <= 2:  # noqa: PLR2004
         log.warning("%s: %g um per pixel was given, its header says %g", slide.path, used, known)
+    if roi is not None and not isinstance(roi, Roi):
+        roi = read_roi(roi, slide.info.bounds, (slide.info.width, slide.info.height))
+    if roi is not None:
+        spec = replace(spec, roi=roi.digest)
     empty = _tiles(slide, spec, used, np.zeros((0, 2), np.int32))
     cached = empty.key in store.tiles
-    tissue = None
+    tissue = dropped = None
     if cached:
         tiles = store.tiles[empty.key]
     else:
         tissue = find_tissue(slide, spec, used)
-        tiles = _cut(slide, spec, used, tissue)
+        tiles, dropped = _cut(slide, spec, used, tissue, roi)
         store.tiles[tiles.key] = tiles
     store.remember(slide.info, slide.path, used, source)
     pictures: dict[str, Path] = {}
     if out is not None and (overview or geojson):
         tissue = tissue or find_tissue(slide, spec, used)
-        pictures = _draw(slide, tiles, tissue, out, overview=overview, geojson=geojson)
+        pictures = _draw(slide, tiles, tissue, out, roi, overview=overview, geojson=geojson)
     return TileRun(
         path=str(slide.path),
         tiles=tiles,
@@ -161,19 +182,28 @@ def tile_slide(
         cached=cached,
         seconds=time.perf_counter() - start,
         warnings=tiles.warnings,
+        why=getattr(slide, "why", ""),
+        dropped=dropped,
         **pictures,
     )
 
 
 def _draw(
-    slide: Slide, tiles: Tiles, tissue: Tissue, out: Path, *, overview: bool, geojson: bool
+    slide: Slide,
+    tiles: Tiles,
+    tissue: Tissue,
+    out: Path,
+    roi: Roi | None,
+    *,
+    overview: bool,
+    geojson: bool,
 ) -> dict[str, Path]:
     """Write the pictures asked for; return their paths by name."""
     written = {}
     name = f"{tiles.item}.{tiles.spec.digest}"  # other parameters, another picture
     if overview:
         written["overview"] = out / f"{name}.overview.png"
-        save_png(written["overview"], draw_tiles(slide, tiles, tissue))
+        save_png(written["overview"], draw_tiles(slide, tiles, tissue, roi.polygons if roi else ()))
     if geojson:
         written["geojson"] = out / f"{name}.tissue.geojson"
         write_geojson(written["geojson"], tissue, slide.info.bounds)
@@ -202,12 +232,17 @@ def _tiles(
     )
 
 
-def _cut(slide: Slide, spec: TileSpec, mpp: float, tissue: Tissue) -> Tiles:
-    """Lay the grid over the scan and keep the tiles with enough tissue."""
+def _cut(
+    slide: Slide, spec: TileSpec, mpp: float, tissue: Tissue, roi: Roi | None
+) -> tuple[Tiles, dict[str, int]]:
+    """Lay the grid over the scan; keep tiles with enough tissue, inside `roi`, without flags.
+
+    The second value counts the tiles each flag dropped.
+    """
     side0 = spec.size_um / mpp
-    candidates = grid(spec, mpp, slide.info.bounds)
+    xy = candidates = grid(spec, mpp, slide.info.bounds)
     share = tissue.share(slide.info.bounds)
-    warnings = list(tissue.warnings)
+    warnings = [*tissue.warnings, *(roi.warnings if roi else ())]
     if mpp > spec.mpp * _COARSE:
         warnings.append(
             f"the slide has {mpp:g} um per pixel, coarser than the {spec.mpp:g} asked for: "
@@ -215,13 +250,35 @@ def _cut(slide: Slide, spec: TileSpec, mpp: float, tissue: Tissue) -> Tiles:
         )
     if spec.tissue != "none" and share > _SUSPICIOUS:
         warnings.append(f"{share:.0%} of the scan counts as tissue: look at the overview")
-    xy = candidates
     if len(candidates):
         fraction = tissue.fraction(candidates, (side0, side0))
         xy = candidates[(fraction >= spec.min_tissue) & (fraction > 0)]
-    if not len(xy) and DARK_BACKGROUND not in warnings:
+    on_tissue = len(xy)
+    if roi is not None:
+        xy = xy[roi.fraction(xy, side0) >= LEAST_INSIDE]
+    if on_tissue and not len(xy):
+        warnings.append("no tile: none on tissue has half of its area in the region of interest")
+    elif not on_tissue and DARK_BACKGROUND not in warnings:
         warnings.append(_why_no_tile(spec, mpp, slide, share, len(candidates)))
-    return _tiles(slide, spec, mpp, xy, share=share, warnings=tuple(warnings))
+    xy, dropped, said = _drop(slide, spec, mpp, tissue, xy)
+    told = (*warnings, *said)
+    return _tiles(slide, spec, mpp, xy, share=share, warnings=told), dropped
+
+
+def _drop(
+    slide: Slide, spec: TileSpec, mpp: float, tissue: Tissue, xy: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], dict[str, int], tuple[str, ...]]:
+    """Leave out tiles with a flag of `spec.drop`: what stays, counts per flag, a warning."""
+    flagged = flag_tiles(slide, spec, mpp, tissue, xy)
+    dropped = {name: int(rows.sum()) for name, rows in flagged.items()}
+    bad = np.logical_or.reduce([np.zeros(len(xy), bool), *flagged.values()])
+    said: tuple[str, ...] = ()
+    if bad.sum() > _MANY * len(xy):
+        counts = ", ".join(f"{name} {n}" for name, n in dropped.items())
+        said = (
+            f"--drop leaves out {bad.sum()} of {len(xy)} tiles ({counts}): look at the overview",
+        )
+    return xy[~bad], dropped, said
 
 
 def grid(spec: TileSpec, mpp: float, bounds: tuple[int, int, int, int]) -> NDArray[np.int32]:
@@ -308,7 +365,12 @@ def summary(run: TileRun) -> dict[str, Any]:
         "mpp": tiles.slide_mpp,
         "mpp_source": run.mpp_source,
         "reader": run.reader,
+        "reader_why": run.why,
+        "tissue": tiles.spec.tissue,
         "tissue_share": round(tiles.tissue_share, 4),
+        "stain": stain_named(run.warnings),
+        "roi": tiles.spec.roi,
+        "dropped": None if run.dropped is None else dict(run.dropped),
         "tiles": len(tiles),
         "tiles_digest": tiles.spec.digest,
         "cached": run.cached,

@@ -1,7 +1,8 @@
 """A slide in, a mask of its tissue out, at a few micrometres per pixel.
 
 Each method is a class whose keyword arguments are the parameters a `TileSpec` records;
-`version` changes when the same parameters would give another mask.
+`version` changes when the same parameters would give another mask. Those that adapt to a
+slide are in `tissue_methods`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import inspect
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
 
 from pathcli.errors import DataError
 from pathcli.registry import resolve
+from pathcli.slides.pens import pen_mask, pens
+from pathcli.slides.stains import dark_background, extremes, stain_named, stain_warnings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,9 +29,11 @@ if TYPE_CHECKING:
 _SMALLEST = 128  # pixels of a level: a smaller block that cannot be read is given up
 _MOST_LOST = 0.25  # share of the scan that may be undecodable before the slide fails
 _READ_PX = 16_000_000  # pixels of a level read at once; larger levels are read in blocks
+_INKED = 0.005  # share of the tissue under ink from which the user is told
+_MANY_ISLANDS = 2000  # from which all cells are looked up at once
 DARK_BACKGROUND = (
     "no tile: the background is black, as in fluorescence, and tissue rules for stained slides "
-    "do not apply; --tissue none takes the whole scan"
+    "do not apply; --tissue auto finds what is bright, --tissue none takes the whole scan"
 )
 
 
@@ -40,6 +45,25 @@ class TissueMethod(Protocol):
 
     def mask(self, thumbnail: ByteArray, um_per_px: float) -> NDArray[np.bool_]:
         """Return bool [h, w] for uint8 RGB [h, w, 3] at `um_per_px`."""
+        ...
+
+
+class Masked(NamedTuple):
+    """A mask bool [h, w], and what the user should know of how it was found."""
+
+    mask: NDArray[np.bool_]
+    warnings: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class AdaptiveMethod(Protocol):
+    """A `TissueMethod` that tries more than one rule and says which served.
+
+    It is given the scanned part alone, and black backgrounds too.
+    """
+
+    def masked(self, scan: ByteArray, um_per_px: float) -> Masked:
+        """Return the mask of uint8 RGB [h, w, 3] at `um_per_px`, and what is to be said."""
         ...
 
 
@@ -66,9 +90,7 @@ class Tissue:
 
         Areas are exact: a mask cell that a rectangle cuts counts by the part inside.
         """
-        height, width = self.mask.shape
-        table = np.zeros((height + 1, width + 1))
-        table[1:, 1:] = self.mask.cumsum(0).cumsum(1)
+        table = np.asarray(cv2.integral(self.mask.view(np.uint8)))
         x0, y0 = xy[:, 0] / self.scale[0], xy[:, 1] / self.scale[1]
         x1, y1 = x0 + size[0] / self.scale[0], y0 + size[1] / self.scale[1]
         inside = (
@@ -120,10 +142,10 @@ class Otsu:
     def mask(self, thumbnail: ByteArray, um_per_px: float) -> NDArray[np.bool_]:
         """Return bool [h, w]; see `TissueMethod.mask`."""
         smooth = cv2.GaussianBlur(thumbnail, (0, 0), max(0.3, self.blur_um / um_per_px))
-        chroma = smooth.max(axis=2) - smooth.min(axis=2)
+        chroma = chroma_of(smooth)
         level, _ = cv2.threshold(chroma, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
         found = chroma > min(max(level, self.lowest), self.highest)
-        return _tidy(found, um_per_px, self.close_um, self.min_area_mm2, self.min_hole_mm2)
+        return tidy(found, um_per_px, self.close_um, self.min_area_mm2, self.min_hole_mm2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +167,9 @@ class HSV:
     def mask(self, thumbnail: ByteArray, um_per_px: float) -> NDArray[np.bool_]:
         """Return bool [h, w]; see `TissueMethod.mask`."""
         saturation = np.ascontiguousarray(cv2.cvtColor(thumbnail, cv2.COLOR_RGB2HSV)[..., 1])
-        found = cv2.medianBlur(saturation, _odd(self.mthresh)) > self.sthresh
+        found = cv2.medianBlur(saturation, odd(self.mthresh)) > self.sthresh
         closing = self.close * um_per_px
-        return _tidy(found, um_per_px, closing, self.min_area_mm2, self.min_hole_mm2)
+        return tidy(found, um_per_px, closing, self.min_area_mm2, self.min_hole_mm2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,16 +185,22 @@ class Everything:
         return np.ones(thumbnail.shape[:2], bool)
 
 
-def _odd(px: float) -> int:
+def chroma_of(rgb: NDArray[Any]) -> ByteArray:
+    """Return the largest minus the smallest channel, uint8 [h, w]."""
+    least, most = extremes(rgb)
+    return most - least
+
+
+def odd(px: float) -> int:
     """Return the nearest odd kernel size, at least 1, at most what OpenCV's median takes."""
     return min(2 * int(px / 2) + 1, 255)
 
 
-def _tidy(
+def tidy(
     found: NDArray[np.bool_], um_per_px: float, close_um: float, area_mm2: float, hole_mm2: float
 ) -> NDArray[np.bool_]:
     """Close gaps, drop small islands and fill small holes."""
-    side = _odd(close_um / um_per_px)
+    side = odd(close_um / um_per_px)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
     closed = cv2.morphologyEx(found.astype(np.uint8), cv2.MORPH_CLOSE, kernel)
     cell_mm2 = (um_per_px / 1000) ** 2
@@ -182,10 +210,19 @@ def _tidy(
 
 
 def _drop_small(mask: NDArray[Any], least_px: float) -> NDArray[np.bool_]:
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-    keep = stats[:, cv2.CC_STAT_AREA] >= least_px
-    keep[0] = False
-    return np.asarray(keep[labels]) if count > 1 else np.zeros(mask.shape, bool)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    kept = mask > 0
+    small = np.flatnonzero(stats[:, cv2.CC_STAT_AREA] < least_px)
+    small = small[small > 0]  # label 0 is the rest
+    if len(small) > _MANY_ISLANDS:
+        keep = np.ones(len(stats), bool)
+        keep[small] = False
+        return np.asarray(keep[labels] & kept)
+    for label in small.tolist():  # few and small: quicker than a look at every cell
+        x, y, w, h = stats[label, : cv2.CC_STAT_AREA].tolist()
+        box = slice(y, y + h), slice(x, x + w)
+        kept[box] &= labels[box] != label
+    return np.asarray(kept)
 
 
 def method(name: str, **parameters: float) -> TissueMethod:
@@ -218,24 +255,44 @@ def find_tissue(slide: Slide, spec: TileSpec, mpp: float) -> Tissue:
     if lost > _MOST_LOST:
         msg = f"{slide.path}: {lost:.0%} of the scan cannot be decoded; is the file whole?"
         raise DataError(msg)
-    told = (f"{lost:.2%} of the scan cannot be decoded: no tissue is found there",) if lost else ()
+    told: tuple[str, ...] = ()
+    if lost:
+        told = (f"{lost:.2%} of the scan cannot be decoded: no tissue is found there",)
     height, width = thumbnail.shape[:2]
     scale = (slide.info.width / width, slide.info.height / height)
-    if spec.tissue != "none" and _dark_background(thumbnail, slide, scale):
-        nothing = np.zeros((height, width), bool)
-        return Tissue(nothing, thumbnail, scale, (DARK_BACKGROUND, *told))
-    return Tissue(built.mask(thumbnail, mpp * scale[0]), thumbnail, scale, told)
+    um = mpp * scale[0]
+    scan = _window(slide, scale)
+    if spec.tissue == "none":
+        mask = built.mask(thumbnail, um)
+    elif isinstance(built, AdaptiveMethod):
+        mask = np.zeros((height, width), bool)
+        mask[scan], said = built.masked(thumbnail[scan], um)
+        told += said
+    elif dark_background(thumbnail[scan]):
+        return Tissue(np.zeros((height, width), bool), thumbnail, scale, (DARK_BACKGROUND, *told))
+    else:
+        mask = built.mask(thumbnail, um)
+        told += _ink_warnings(thumbnail[scan], mask[scan], um)
+    if spec.tissue != "none" and stain_named(told) is None:
+        told += stain_warnings(thumbnail[scan], mask[scan])
+    return Tissue(mask, thumbnail, scale, told)
 
 
-def _dark_background(thumbnail: ByteArray, slide: Slide, scale: tuple[float, float]) -> bool:
-    """Tell a fluorescence scan: mostly black, and what is not is not glass either."""
+def _window(slide: Slide, scale: tuple[float, float]) -> tuple[slice, slice]:
+    """Return the rows and columns of an overview that hold the scan."""
     x, y, w, h = slide.info.bounds
     rows = slice(int(y / scale[1]), math.ceil((y + h) / scale[1]))
-    columns = slice(int(x / scale[0]), math.ceil((x + w) / scale[0]))
-    scan = thumbnail[rows, columns]
-    black = scan.max(axis=2) < 50  # noqa: PLR2004 - of 255
-    glass = scan.min(axis=2) > 180  # noqa: PLR2004 - of 255; black may be padding around it
-    return bool(black.mean() > 0.5 and glass.mean() < 0.1 * (1 - black.mean()))  # noqa: PLR2004
+    return rows, slice(int(x / scale[0]), math.ceil((x + w) / scale[0]))
+
+
+def _ink_warnings(scan: ByteArray, mask: NDArray[np.bool_], um_per_px: float) -> tuple[str, ...]:
+    """Say how much of the tissue is a pen's ink, where it is worth saying."""
+    found = pens(scan, um_per_px)
+    share = (pen_mask(found, scan.shape) & mask).sum() / max(1, mask.sum())
+    if share < _INKED:
+        return ()
+    said = f"{share:.1%} of the tissue is under pen marks ({', '.join(found)}); "
+    return (said + "--tissue auto leaves them out, --drop pen the tiles",)
 
 
 def overview(slide: Slide, downsample: float) -> tuple[ByteArray, float]:

@@ -1,0 +1,84 @@
+"""A thumbnail in, what it seems to be stained with out: fluorescence and IHC are no H&E.
+
+Only what is not haematoxylin and eosin is told, as a warning; `stain_named` reads it back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from pathcli.types import ByteArray
+
+_MOST_PX = 250_000  # pixels looked at: a stain is seen in a few
+_LEAST_PX = 64  # pixels of tissue from which a stain is named
+_COLOURED = 35  # saturation, 0-255, of a pixel whose hue means something
+_BROWN, _BLUE = (13, 52), (185, 252)  # hues in degrees of DAB, and of haematoxylin beside it
+_LEAST_BROWN, _MOST_PINK = 0.02, 0.5
+_ALONE = 0.9  # share of blue from which there is no counterstain
+
+SAID = {
+    "fluorescence": "the background is black, as in fluorescence",
+    "dab": "the stain looks like DAB and haematoxylin (immunohistochemistry)",
+    "haematoxylin": "the stain looks like haematoxylin alone (immunohistochemistry without DAB?)",
+}
+"""What a warning contains, by the stain's name in summaries."""
+
+
+def stain_named(warnings: Iterable[str]) -> str | None:
+    """Return the stain that warnings tell of; None where nothing but H&E was noticed."""
+    text = " ".join(warnings)
+    return next((name for name, said in SAID.items() if said in text), None)
+
+
+def extremes(rgb: NDArray[Any]) -> tuple[ByteArray, ByteArray]:
+    """Return the smallest and the largest channel of [h, w, 3], uint8 [h, w] each."""
+    red, green, blue = cv2.split(rgb)
+    least = np.asarray(cv2.min(cv2.min(red, green), blue), np.uint8)
+    return least, np.asarray(cv2.max(cv2.max(red, green), blue), np.uint8)
+
+
+def dark_background(scan: ByteArray) -> bool:
+    """Tell a fluorescence scan: mostly black, and what is not is not glass either."""
+    least, most = extremes(scan)
+    black = most < 50  # noqa: PLR2004 - of 255
+    glass = least > 180  # noqa: PLR2004 - of 255; black may be padding around it
+    return bool(black.mean() > 0.5 and glass.mean() < 0.1 * (1 - black.mean()))  # noqa: PLR2004
+
+
+def stain_warnings(scan: ByteArray, mask: NDArray[np.bool_]) -> tuple[str, ...]:
+    """Say of uint8 RGB [h, w, 3] what its tissue, bool [h, w], is stained with if not H&E."""
+    name = _stain(scan, mask)
+    if name is None:
+        return ()
+    return (f"{SAID[name]}: encoders and heads trained on H&E may not fit",)
+
+
+def _stain(scan: ByteArray, mask: NDArray[np.bool_]) -> str | None:
+    """Return "dab", "haematoxylin", or None for anything else, by the hues of the tissue.
+
+    H&E is pink to violet; DAB is brown, and beside it haematoxylin is blue. Of 552 single H&E
+    patches of lung and colon, many with altered colours, 14 are named otherwise.
+    """
+    step = max(1, round((mask.size / _MOST_PX) ** 0.5))
+    part, inside = scan[::step, ::step], mask[::step, ::step]
+    hsv = cv2.cvtColor(np.ascontiguousarray(part), cv2.COLOR_RGB2HSV_FULL)
+    chosen = hsv[inside & (hsv[..., 1] > _COLOURED) & (hsv[..., 2] > 40)]  # noqa: PLR2004 - no border
+    if len(chosen) < _LEAST_PX:
+        return None
+    hue = chosen[:, 0].astype(float) * 360 / 255
+    brown = float(((hue >= _BROWN[0]) & (hue < _BROWN[1])).mean())
+    blue = float(((hue >= _BLUE[0]) & (hue < _BLUE[1])).mean())
+    pink = float(((hue >= _BLUE[1]) | (hue < _BROWN[0])).mean())
+    if pink >= _MOST_PINK:
+        return None
+    if brown >= _LEAST_BROWN:
+        return "dab"
+    return "haematoxylin" if blue >= _ALONE else None

@@ -1,0 +1,285 @@
+"""Tissue that can be trusted: presets, fallbacks, pens, stains."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import synthetic
+from conftest import open_slide
+from PIL import Image
+
+from pathcli.slides.pens import pen_mask, pens
+from pathcli.slides.stains import stain_named, stain_warnings
+from pathcli.slides.tiling import tile, tile_spec
+from pathcli.slides.tissue import find_tissue, method
+from pathcli.store import Store
+
+UM = 8.0
+BOX = (slice(60, 240), slice(60, 340))
+INKS = {"green": (20, 140, 120), "blue": (20, 90, 190), "red": (205, 12, 24), "black": (18, 16, 20)}
+
+
+def scan(
+    colour: tuple[int, int, int] = synthetic.TISSUE, glass: object = synthetic.GLASS
+) -> np.ndarray:
+    """Return a scan [300, 400, 3] at 8 um per pixel: tissue in BOX, a little grain everywhere."""
+    rng = np.random.default_rng(0)
+    pixels = np.empty((300, 400, 3), np.int64)
+    pixels[:] = glass
+    pixels[BOX] = colour
+    pixels += rng.integers(-2, 3, pixels.shape)
+    pixels[BOX] += rng.integers(-12, 13, (180, 280, 1))
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def drawn(ink: tuple[int, int, int], at: int = 150) -> tuple[np.ndarray, np.ndarray]:
+    """Return a scan with a stroke of ink over tissue and glass, and where the stroke is."""
+    stroke = np.zeros((300, 400), np.uint8)
+    cv2.line(stroke, (20, at), (385, at), 1, 14)
+    pixels = scan()
+    pixels[stroke > 0] = ink
+    return pixels, stroke > 0
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+def truth() -> np.ndarray:
+    mask = np.zeros((300, 400), bool)
+    mask[BOX] = True
+    return mask
+
+
+# --- CLAM's presets ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("bwh_biopsy", (15, 11, 2, 1, 1, 2)),
+        ("bwh_resection", (15, 11, 4, 100, 16, 8)),
+        ("tcga", (8, 7, 4, 16, 4, 8)),
+    ],
+)
+def test_a_preset_has_clams_numbers_in_physical_units(name: str, numbers: tuple[int, ...]) -> None:
+    sthresh, mthresh, close, area, hole, holes = numbers
+    spec = tile_spec(tissue=f"hsv:{name}")
+    patch_mm2 = 0.128**2
+    given = spec.tissue_params
+    assert [given[k] for k in ("sthresh", "mthresh", "close", "max_holes")] == [
+        *(sthresh, mthresh, close, holes)
+    ]
+    assert given["min_area_mm2"] == pytest.approx(area * patch_mm2)
+    assert given["min_hole_mm2"] == pytest.approx(hole * patch_mm2)
+    assert not given["use_otsu"]
+    assert parameters_survive(spec)
+
+
+def parameters_survive(spec: object) -> bool:
+    back = type(spec).from_json(spec.to_json())
+    return method(back.tissue, **back.tissue_params) == method(spec.tissue, **spec.tissue_params)
+
+
+def test_presets_differ_and_plain_hsv_keeps_its_digest() -> None:
+    names = ("otsu", "hsv", "hsv:bwh_biopsy", "hsv:bwh_resection", "hsv:tcga", "auto", "none")
+    assert len({tile_spec(tissue=name).digest for name in names}) == len(names)
+    assert tile_spec(tissue="hsv").digest == "d9b1a16254f7"
+
+
+def test_an_island_counts_without_its_holes_and_keeps_the_largest() -> None:
+    pixels = np.full((400, 400, 3), 240, np.uint8)
+    pixels[40:360, 40:360] = synthetic.TISSUE
+    for k, side in enumerate((90, 60, 40)):
+        pixels[60 : 60 + side, 60 + 100 * k : 60 + 100 * k + side] = 240
+    two = method("hsv:bwh_biopsy").mask(pixels, 16.0)
+    assert not two[100, 100]
+    assert not two[90, 190]
+    assert two[80, 280]  # the third largest of the holes is filled
+    small = method("hsv:bwh_resection").mask(pixels[:120, :], 16.0)  # 80 x 320 cells less holes
+    assert small.any()
+    assert not method("hsv:bwh_resection").mask(pixels, 2.0).any()  # 0.32 mm2 are too few
+    assert method("hsv:tcga").mask(pixels, 2.0).any()
+
+
+# --- auto --------------------------------------------------------------------------------
+
+
+def test_auto_is_otsu_where_otsu_finds_some_but_not_all() -> None:
+    found = method("auto").masked(scan(), UM)
+    assert (found.mask == method("otsu").mask(scan(), UM)).all()
+    assert not found.warnings
+
+
+def test_auto_falls_back_when_nothing_is_found_and_says_so() -> None:
+    pale = scan((219, 219, 222))  # so pale that no chroma tells it from glass
+    assert not method("otsu").mask(pale, UM).any()
+    found = method("auto").masked(pale, UM)
+    assert overlap(found.mask, truth()) > 0.9
+    assert "otsu finds 0% of the scan" in found.warnings[0]
+    assert "which is used" in found.warnings[0]
+
+
+def test_auto_falls_back_when_everything_is_found_and_says_so() -> None:
+    yellow = scan(glass=(238, 236, 205))
+    assert method("otsu").mask(yellow, UM).all()
+    found = method("auto").masked(yellow, UM)
+    assert overlap(found.mask, truth()) > 0.9
+    assert "otsu finds 100% of the scan" in found.warnings[0]
+
+
+def test_auto_leaves_a_scan_full_of_tissue_alone() -> None:
+    full = scan()[BOX].copy()
+    assert method("auto").masked(full, UM).mask.all()
+
+
+def test_auto_says_that_nothing_serves() -> None:
+    rng = np.random.default_rng(0)
+    empty = (243 + rng.integers(-2, 3, (300, 400, 3))).astype(np.uint8)
+    found = method("auto").masked(empty, UM)
+    assert not found.mask.any()
+    assert "no tissue by" in found.warnings[0]
+
+
+def test_a_black_border_is_no_tissue_and_no_pen() -> None:
+    pixels = scan()
+    pixels[:20], pixels[:, :15], pixels[:, -15:] = 0, 0, 0
+    for name in ("otsu", "auto"):
+        assert overlap(method(name).mask(pixels, UM), truth()) > 0.95
+    assert not pens(pixels, UM)
+    pale = scan((219, 219, 222))
+    pale[:20] = 0
+    assert overlap(method("auto").masked(pale, UM).mask, truth()) > 0.9
+
+
+def test_a_fallback_reaches_tiles_and_store(tmp_path: Path, store: Store) -> None:
+    Image.fromarray(scan((219, 219, 222))).save(tmp_path / "pale.png")
+    spec = tile_spec(20, 8.0, tissue="auto")
+    run = tile(tmp_path / "pale.png", spec=spec, store=store, mpp=UM)
+    assert len(run.tiles) > 80
+    assert "which is used" in run.warnings[0]
+    again = tile(tmp_path / "pale.png", spec=spec, store=store, mpp=UM)
+    assert again.cached
+    assert again.warnings == run.warnings
+
+
+# --- pens --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(INKS))
+def test_ink_is_found_by_its_colour_and_left_out(name: str) -> None:
+    pixels, stroke = drawn(INKS[name])
+    found = pens(pixels, UM)
+    assert list(found) == [name]
+    ink = found[name]
+    assert (ink & stroke).sum() / stroke.sum() > 0.95
+    assert ink.sum() < 2 * stroke.sum()
+    masked = method("auto").masked(pixels, UM)
+    assert not (masked.mask & stroke).any()
+    assert overlap(masked.mask, truth() & ~ink) > 0.95
+    assert f"pen marks left out: {name}" in masked.warnings[0]
+
+
+@pytest.mark.parametrize("name", ["green", "blue", "red"])
+def test_otsu_takes_ink_for_tissue_and_says_so(name: str, tmp_path: Path) -> None:
+    pixels, _ = drawn(INKS[name])
+    Image.fromarray(pixels).save(tmp_path / "pen.png")
+    told = find_tissue(open_slide(tmp_path / "pen.png"), tile_spec(), UM).warnings
+    assert f"under pen marks ({name})" in told[0]
+    assert "--tissue auto" in told[0]
+
+
+@pytest.mark.parametrize(
+    "colour",
+    [
+        synthetic.TISSUE,
+        (150, 105, 60),
+        (120, 75, 40),
+        (150, 165, 200),
+        (205, 70, 80),
+        (90, 60, 120),
+    ],
+    ids=["eosin", "dab", "dark dab", "haematoxylin", "blood", "dense nuclei"],
+)
+def test_stains_are_no_ink(colour: tuple[int, int, int]) -> None:
+    assert not pens(scan(colour), UM)
+    assert overlap(method("auto").mask(scan(colour), UM), truth()) > 0.95
+
+
+# --- stains ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("colours", "name"),
+    [
+        ([synthetic.TISSUE, (120, 80, 150)], None),
+        ([(150, 105, 60), (150, 165, 200)], "dab"),
+        ([(150, 165, 200), (165, 180, 210)], "haematoxylin"),
+    ],
+)
+def test_ihc_is_told_from_h_and_e(colours: list[tuple[int, int, int]], name: str | None) -> None:
+    pixels = scan(colours[0])
+    pixels[60:150, 60:340] = scan(colours[1])[60:150, 60:340]
+    found = method("auto").masked(pixels, UM)
+    assert overlap(found.mask, truth()) > 0.95
+    assert stain_named(stain_warnings(pixels, found.mask)) == name
+
+
+def test_the_stain_stands_in_the_summary_and_survives_the_store(tmp_path: Path) -> None:
+    from pathcli.slides.tiling import summary
+
+    Image.fromarray(scan((150, 105, 60))).save(tmp_path / "ihc.png")
+    for cached in (False, True):
+        run = tile(tmp_path / "ihc.png", spec=tile_spec(20, 8.0), mpp=UM)
+        assert run.cached == cached
+        assert len(run.tiles) > 80
+        assert summary(run)["stain"] == "dab"
+
+
+def test_fluorescence_is_tissue_for_auto_alone() -> None:
+    dark = np.zeros((300, 400, 3), np.uint8)
+    dark[BOX[0], BOX[1], 2] = 120
+    found = method("auto").masked(dark, UM)
+    assert overlap(found.mask, truth()) > 0.9
+    assert stain_named(found.warnings) == "fluorescence"
+
+
+# --- real scans --------------------------------------------------------------------------
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "um", "expected", "least"),
+    [
+        ("tcga-green-pen", 4, {"green", "blue"}, 0.15),
+        ("tcga-red-pen", 4, {"red"}, 0.2),
+        ("wsi-blue-pen", 60, {"blue"}, 0.02),
+        ("diagnostic-slide-thumb-rgb", 40, {"green", "blue", "red", "black"}, 0.2),
+        ("tcga-lung-rgb", 0.5, set(), 0),
+    ],
+)
+def test_pens_of_real_thumbnails(
+    data: Path, name: str, um: float, expected: set[str], least: float
+) -> None:
+    pixels = np.asarray(Image.open(data / "slides" / "thumbnails" / f"{name}.png").convert("RGB"))
+    found = pens(pixels, um)
+    assert set(found) == expected
+    assert pen_mask(found, pixels.shape).mean() >= least
+
+
+@pytest.mark.data
+def test_real_h_and_e_without_pens_has_none(data: Path) -> None:
+    for name in ("cmu-1-small-region.svs", "os-1-detail.ome.tif"):
+        for method_name in ("otsu", "auto"):
+            slide = open_slide(data / "slides" / name)
+            assert not find_tissue(slide, tile_spec(tissue=method_name), 0.499).warnings
+
+
+@pytest.mark.data
+def test_auto_finds_the_cells_of_a_fluorescence_slide(data: Path, store: Store) -> None:
+    path = data / "slides" / "fluorescence-dapi.ndpi"
+    run = tile(path, spec=tile_spec(tissue="auto"), store=store)
+    assert 0.2 < run.tiles.tissue_share < 0.6
+    assert len(run.tiles) > 10
+    assert stain_named(run.warnings) == "fluorescence"
