@@ -14,7 +14,7 @@ from pathcli.device import pick_device
 from pathcli.encoders import build_encoder
 from pathcli.encoders.embedding import Embedder, embed
 from pathcli.errors import BusyError, DataError, ResourceError
-from pathcli.slides import readers, tiling
+from pathcli.slides import direct, readers, tiling
 from pathcli.slides.tiling import tile_spec
 from pathcli.store import Store, upkeep
 from pathcli.store.lease import lease
@@ -133,16 +133,16 @@ def test_the_limit_of_bad_tiles_holds_for_every_later_run(
 def test_a_slide_that_vanishes_midway_is_named(
     slide_path: Path, store: Store, encoder: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = readers.OpenSlideReader.read
+    real = direct.DirectReader.read
 
-    def vanish(self: readers.OpenSlideReader, *args: object) -> np.ndarray:
+    def vanish(self: direct.DirectReader, *args: object) -> np.ndarray:
         if threading.current_thread().name.startswith("reader"):
             Path(self.path).unlink(missing_ok=True)
             msg = f"{self.path}: the file is gone"
             raise DataError(msg)
         return real(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(readers.OpenSlideReader, "read", vanish)
+    monkeypatch.setattr(direct.DirectReader, "read", vanish)
     with pytest.raises(DataError, match="the file is gone"):
         embed(slide_path, encoder, store=store, spec=SPEC)  # type: ignore[arg-type]
     assert not list(store.features)
@@ -173,7 +173,7 @@ def test_a_slide_that_cannot_be_reached_loses_no_finished_block(
         return real(slide, xy, *how)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr("pathcli.encoders.embedding.read_tile", vanish)
+        patch.setattr("pathcli.encoders.reading.read_tile", vanish)
         with pytest.raises(DataError, match="gone"):
             embed(slide_path, encoder, store=store, spec=SPEC, batch=8, workers=1)  # type: ignore[arg-type]
     slide_path.with_suffix(".away").rename(slide_path)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import closing, suppress
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pathcli.cli import options as o
+from pathcli.errors import PathcliError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from pathcli.encoders.embedding import Embedder
+    from pathcli.encoders.fleet import Fleet
     from pathcli.slides.discovery import Found
     from pathcli.types import Progress, TileSpec
 
@@ -27,7 +34,17 @@ def embed(
     precision: Annotated[
         str, typer.Option("--precision", help="float32, bfloat16 or float16 arithmetic.")
     ] = "float32",
-    device: o.Device = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            help="Where to compute; several get a process each.",
+            metavar="auto|cpu|cuda[:N],...|cuda:all|mps",
+        ),
+    ] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Translate the network by torch.compile first.")
+    ] = False,
     batch: Annotated[int, typer.Option("--batch", help="Tiles per forward pass.", min=1)] = 32,
     workers: Annotated[int, typer.Option("--workers", help="Threads that read.", min=1)] = 2,
     max_bad_tiles: Annotated[
@@ -41,6 +58,8 @@ def embed(
     step: o.Step = None,
     tissue: o.Tissue = "otsu",
     min_tissue: o.MinTissue = 0.5,
+    roi: o.Roi = None,
+    drop: o.Drop = "",
     slide_mpp: o.SlideMpp = None,
     overview: o.Overview = False,
     geojson: o.GeoJSON = False,
@@ -56,26 +75,35 @@ def embed(
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.encoders import build_encoder  # noqa: PLC0415
     from pathcli.encoders.embedding import Embedder  # noqa: PLC0415
+    from pathcli.encoders.fleet import Fleet, devices_of  # noqa: PLC0415
     from pathcli.slides.discovery import discover  # noqa: PLC0415
 
-    o.check(slide_mpp, device)
+    devices = devices_of(device)
+    for name in devices:
+        o.check(slide_mpp, name)
     built = build_encoder(encoder, checkpoint=checkpoint, tokens=tokens, precision=precision)
-    spec = o.spec_of(built.native, size, mpp, step, tissue, min_tissue)
+    spec = o.spec_of(built.native, size, mpp, step, tissue, min_tissue, drop)
     if size is None and mpp is None:
         show.say(native_line(built.name, spec, built.native_source))
     _ = built.id  # weights that are not here fail the command once, not every slide
     kept = o.open_store(store)
-    ready = Embedder(
-        built, kept, device=device, batch=batch, workers=workers, max_bad_tiles=max_bad_tiles
+    how: dict[str, Any] = {"batch": batch, "workers": workers, "compiled": compiled}
+    how["max_bad_tiles"] = max_bad_tiles
+    ready = (
+        Embedder(built, kept, device=device, **how)
+        if len(devices) == 1
+        else Fleet(built, kept, devices=devices, **how)
     )
     tiling = {"spec": spec, "out": out, "overview": overview, "geojson": geojson}
-    _embed_all(discover(slides), ready, slide_mpp, tiling, json=json)
+    with closing(ready):
+        _embed_all(discover(slides), ready, slide_mpp, roi, tiling, json=json)
 
 
 def _embed_all(
     found: list[Found],
-    ready: Embedder,
+    ready: Embedder | Fleet,
     slide_mpp: float | None,
+    roi: Path | None,
     tiling: dict[str, Any],
     *,
     json: bool,
@@ -86,11 +114,21 @@ def _embed_all(
     from pathcli.cli.tile import resolution, row_of  # noqa: PLC0415
     from pathcli.encoders.embedding import embed_summary  # noqa: PLC0415
 
-    def work(slide: Found, progress: Progress) -> dict[str, Any]:
+    @cache
+    def how(slide: Found) -> dict[str, Any]:
         mpp, source = resolution(slide, slide_mpp)
-        run = ready(slide.path, progress=progress, mpp=mpp, mpp_source=source, **tiling)
-        return embed_summary(run)
+        own = o.roi_of(roi, str(slide.path), len(found))
+        return {"mpp": mpp, "mpp_source": source, "roi": own, **tiling}
 
+    def expected() -> Iterator[tuple[Path | str, dict[str, Any]]]:
+        for slide in found:
+            with suppress(PathcliError):  # said when it is this slide's turn
+                yield slide.checked().path, how(slide)
+
+    def work(slide: Found, progress: Progress) -> dict[str, Any]:
+        return embed_summary(ready(slide.path, progress=progress, **how(slide)))
+
+    ready.expect(expected())
     done = run_batch(found, work, tiling["out"])
     rows = [row_of(r) | features_of(r) for r in done.results]
     if done.results and not json:

@@ -1,7 +1,7 @@
 """Tiles and an encoder in, features in the store out: readers, encoder and writer overlap.
 
-Batches are cut by tile index, never by arrival, so the number of readers changes nothing
-but the speed. At most a few batches of pixels are in memory, whatever the slide's size.
+While one slide is encoded the next one is opened, cut into tiles and begun to be read.
+Batches are cut by tile index, never by arrival, and at most a few are in memory.
 """
 
 from __future__ import annotations
@@ -12,73 +12,34 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from pathcli.device import pick_device
+from pathcli.encoders.reading import Prepared, Reader, SlideRows, drop
+from pathcli.encoders.writing import Writing
 from pathcli.errors import BusyError, DataError, PathcliError, ResourceError
 from pathcli.slides.readers import open_slide
-from pathcli.slides.tiling import TileRun, read_tile, summary, tile_slide
+from pathcli.slides.tiling import TileRun, summary, tile_slide
 from pathcli.store import Store
-from pathcli.types import Encoder, Key, TileStatus, silent
+from pathcli.store.files import part_path
+from pathcli.types import Encoder, Key, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
-    from numpy.typing import NDArray
+    import torch
 
+    from pathcli.encoders.reading import Rows
     from pathcli.store.hdf5 import FeatureWriter
-    from pathcli.types import ByteArray, Progress, Slide, Tiles, TileSpec
+    from pathcli.types import Progress, Tiles, TileSpec
+
+    Job = tuple[Path | str, Mapping[str, Any]]
+    """A slide and the keyword arguments its call will have, `progress` left out."""
 
 log = logging.getLogger("pathcli")
 
-Batch = tuple[int, "ByteArray", "ByteArray"]
-"""First row, pixels uint8 [b, s, s, 3], status uint8 [b]."""
-
-
-class Rows(Protocol):
-    """What is embedded row by row: the tiles of a slide, or plain images.
-
-    `name` stands in messages, `side` is the width of a row's pixels, and `max_bad` the share of
-    unreadable rows above which all fail.
-    """
-
-    name: str
-    side: int
-    max_bad: float
-
-    def read(self, row: int) -> ByteArray:
-        """Return uint8 RGB [side, side, 3]; called from several threads at once.
-
-        Raises:
-            DataError: this row cannot be read.
-        """
-        ...
-
-    def gone(self, row: int) -> bool:
-        """Tell whether a row's file is no longer there, so that it is not called unreadable."""
-        ...
-
-
-class SlideRows:
-    """The tiles of a slide."""
-
-    def __init__(self, slide: Slide, tiles: Tiles, max_bad: float) -> None:
-        """Keep what is read."""
-        self.slide, self.tiles, self.max_bad = slide, tiles, max_bad
-        self.name, self.side = str(slide.path), tiles.spec.size_px
-
-    def read(self, row: int) -> ByteArray:
-        """See `Rows.read`."""
-        x, y = self.tiles.xy[row].tolist()
-        return read_tile(self.slide, (x, y), self.tiles.spec, self.tiles.slide_mpp)
-
-    def gone(self, row: int) -> bool:
-        """See `Rows.gone`."""
-        del row
-        return isinstance(self.slide.path, Path) and not self.slide.path.exists()
+_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -112,6 +73,7 @@ class Embedder:
         batch: int = 32,
         workers: int = 2,
         max_bad_tiles: float = 0.01,
+        compiled: bool = False,
     ) -> None:
         """Keep the settings.
 
@@ -122,12 +84,24 @@ class Embedder:
             batch: tiles per forward pass.
             workers: threads that read tiles.
             max_bad_tiles: share of unreadable tiles above which a slide fails.
+            compiled: let `torch.compile` translate the encoder first.
         """
         self.encoder, self.store = encoder, store or Store()
         self.device, self.batch, self.workers = device, batch, max(1, workers)
-        self.max_bad_tiles = max_bad_tiles
+        self.max_bad_tiles, self.compiled = max_bad_tiles, compiled
         self._loaded, self._encode_seconds = False, 0.0
         self._fault: PathcliError | None = None
+        self._fits = batch  # tiles per forward pass that the device has memory for
+        self._expected: deque[Job] = deque()
+        self._next: tuple[Job, Future[Prepared]] | None = None
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="next slide")
+
+    def expect(self, jobs: Iterable[Job]) -> None:
+        """Tell which slides will be asked for, in order: each is prepared during the one before.
+
+        Nothing but time depends on it. What is wrong with a slide is raised by its own call.
+        """
+        self._expected = deque((str(path), dict(how)) for path, how in jobs)
 
     def __call__(
         self,
@@ -143,20 +117,17 @@ class Embedder:
             path: the slide.
             spec: how it is cut (default: the encoder's native tiles).
             progress: called with (tiles done, tiles in all).
-            tiling: `mpp`, `mpp_source`, `out`, `overview`, `geojson` as `tile` takes them.
+            tiling: `mpp`, `mpp_source`, `roi`, `out`, `overview`, `geojson` as `tile` takes them.
 
         Raises:
             DataError: not a slide, no usable resolution, or too many unreadable tiles.
             ResourceError: no weights, no space, or another process is embedding it.
         """
         start = time.perf_counter()
-        with closing(open_slide(path)) as slide:
-            run = tile_slide(slide, spec or self.encoder.native, self.store, **tiling)
-            key = replace(run.tiles.key, encoder=self.encoder.id)
-            encoded = 0
-            rows = SlideRows(slide, run.tiles, self.max_bad_tiles)
+        with closing(self._claim(path, {"spec": spec, **tiling})) as ready:
+            run, rows, key, encoded = ready.run, ready.rows, ready.key, 0
             if len(run.tiles) and key not in self.store.features:
-                encoded = self.fill(rows, run.tiles, key, progress or silent)
+                encoded = self.fill(rows, run.tiles, key, progress or silent, ready.reader)
             shape, bad = self.store.features.shape(key) if len(run.tiles) else ((), 0)
             _refuse_if_bad(rows, bad, len(run.tiles))
         return EmbedRun(
@@ -170,6 +141,53 @@ class Embedder:
             encode_seconds=self._encode_seconds if encoded else 0.0,
             warnings=(*run.warnings, *self._warnings(run.tiles, bad)),
         )
+
+    # --- opening, and the next slide ---------------------------------------------------------
+
+    def _claim(self, path: Path | str, how: dict[str, Any]) -> Prepared:
+        """Return a slide, prepared before if it was expected, and begin with the one after it."""
+        job = (str(path), how)
+        if job in self._expected:
+            while self._expected.popleft() != job:
+                pass
+        prepared = self._next[1] if self._next and self._next[0] == job else None
+        if prepared:
+            self._next = None
+        try:
+            return prepared.result() if prepared else self._prepare(path, **how)
+        finally:
+            self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        job = self._expected[0] if self._expected else None
+        if self._next and self._next[0] != job:
+            drop(self._next[1])
+            self._next = None
+        if job and not self._next:
+            self._next = (job, self._beside.submit(self._prepare, job[0], **job[1]))
+
+    def _prepare(self, path: Path | str, spec: TileSpec | None = None, **tiling: Any) -> Prepared:  # noqa: ANN401
+        """Open a slide, cut it and, if it has not been begun yet, read its first batches."""
+        slide = open_slide(path)
+        try:
+            run = tile_slide(slide, spec or self.encoder.native, self.store, **tiling)
+            key = replace(run.tiles.key, encoder=self.encoder.id)
+            rows, n = SlideRows(slide, run.tiles, self.max_bad_tiles), len(run.tiles)
+            begun = key in self.store.features or part_path(self.store.features.path(key)).exists()
+            reader = None if begun or self._fault or not n else self._reader(rows, n)
+        except BaseException:
+            slide.close()
+            raise
+        return Prepared(slide, run, rows, key, reader)
+
+    def _reader(self, rows: Rows, n: int, first: int = 0) -> Reader:
+        pinned = pick_device(self.device).startswith("cuda")
+        return Reader(rows, n, first=first, batch=self.batch, workers=self.workers, pinned=pinned)
+
+    def close(self) -> None:
+        """Forget what was expected, and release what was prepared for it."""
+        self._expected.clear()
+        self._look_ahead()
 
     def _warnings(self, tiles: Tiles, bad: int) -> Iterator[str]:
         if tiles.spec.size_px < self.encoder.input_px:
@@ -188,12 +206,25 @@ class Embedder:
             try:
                 self.device = pick_device(self.device)
                 self.encoder.load(self.device)
+                if self.compiled:
+                    import torch  # noqa: PLC0415
+
+                    self._translated = torch.compile(self.encoder.encode, dynamic=False)
             except PathcliError as error:
                 self._fault = error
                 raise
             self._loaded = True
 
-    def fill(self, rows: Rows, tiles: Tiles, key: Key, progress: Progress) -> int:
+    # --- filling an entry --------------------------------------------------------------------
+
+    def fill(
+        self,
+        rows: Rows,
+        tiles: Tiles,
+        key: Key,
+        progress: Progress,
+        reader: Reader | None = None,
+    ) -> int:
         """Fill and publish the entry of `key` as its one writer; return how many were encoded.
 
         Args:
@@ -201,6 +232,7 @@ class Embedder:
             tiles: what the entry says of its rows; at least one.
             key: where it is kept; its encoder is this one.
             progress: called with (rows done, rows in all).
+            reader: has begun to read them; used if it began where the entry is to go on.
 
         Raises:
             DataError: too many rows are unreadable.
@@ -211,78 +243,90 @@ class Embedder:
                 return 0
             self.load()
             writer = self.store.features.writer(tiles, self.encoder.id, self.encoder.row_shape)
-            with writer:
-                encoded = self._fill(rows, len(tiles), writer, progress)
+            n = len(tiles)
+            first = n if writer.resumed == n else writer.resumed // self.batch * self.batch
+            if reader is None or reader.first != first:
+                reader = self._reader(rows, n, first)
+            with writer, closing(reader):
+                self._fill(reader, writer, progress)
                 if not held():
                     msg = f"{rows.name}: another process has taken this over meanwhile"
                     raise BusyError(msg)
-        return encoded
-
-    def _fill(self, rows: Rows, n: int, writer: FeatureWriter, progress: Progress) -> int:
-        """Encode what an earlier run did not; return how many rows."""
-        start_s = time.perf_counter()
-        bad = writer.resumed_bad
-        first = n if writer.resumed == n else writer.resumed // self.batch * self.batch
-        progress(first, n)
-        if first < n:
-            writer.begin(first)
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="reader") as pool:
-            for start, pixels, status in self._read(pool, rows, n, first):
-                try:
-                    writer.write(self._encode(pixels, status), status)
-                    bad += int((status != TileStatus.OK).sum())
-                    _refuse_if_bad(rows, bad, n)
-                except DataError:  # rows of a bad file, or of bad weights, are not to be resumed
-                    writer.discard()
-                    raise
-                progress(start + len(status), n)
-        self._encode_seconds = time.perf_counter() - start_s
         return n - first
 
-    def _read(self, pool: ThreadPoolExecutor, rows: Rows, n: int, first: int) -> Iterator[Batch]:
-        """Yield batches in order while the next ones are being read."""
-        starts = iter(range(first, n, self.batch))
-        queue: deque[Future[Batch]] = deque()
-        try:
-            for start in starts:
-                stop = min(start + self.batch, n)
-                queue.append(pool.submit(_read_batch, rows, start, stop))
-                if len(queue) > self.workers + 1:
-                    yield queue.popleft().result()
-            while queue:
-                yield queue.popleft().result()
-        finally:
-            for future in queue:
-                future.cancel()
+    def _fill(self, reader: Reader, writer: FeatureWriter, progress: Progress) -> None:
+        """Encode what the reader gives."""
+        start, rows, n = time.perf_counter(), reader.rows, reader.n
+        bad = writer.resumed_bad
+        progress(reader.first, n)
+        if reader.first < n:
+            writer.begin(reader.first)
+        with Writing(writer) as writing:
+            for batch in reader:
+                bad += batch.bad
+                try:
+                    _refuse_if_bad(rows, bad, n)
+                except DataError:  # rows of a bad file are not to be resumed
+                    writer.discard()
+                    raise
+                writing.put(self._encode(batch.pixels), batch)
+                progress(batch.start + len(batch.status), n)
+        self._encode_seconds = time.perf_counter() - start
 
-    def _encode(self, pixels: ByteArray, status: ByteArray) -> NDArray[np.float16]:
-        """Return float16 [b, *row_shape]; rows that could not be read are NaN."""
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return float32 [b, *row_shape], in as many passes as the memory asks for.
+
+        Raises:
+            ResourceError: not even one tile fits.
+        """
         import torch  # noqa: PLC0415
 
-        images = torch.from_numpy(pixels).to(self.device)
+        tried = self._fits
+        while True:
+            try:
+                parts = [self._pass(part) for part in torch.split(pixels, self._fits)]
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                fits = min(self._fits, len(pixels)) // 2
+                if not fits:
+                    msg = f"{self.device} is out of memory with a single tile; use another --device"
+                    raise ResourceError(msg) from error
+            self._fits = fits  # here the failed pass is gone with its error
+            if self.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+        if tried == self.batch > self._fits:
+            log.warning(
+                "%s is out of memory at --batch %d: going on with %d",
+                self.device,
+                self.batch,
+                self._fits,
+            )
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _pass(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the encoder's features of a part of a batch; the device may still be at work."""
+        images = pixels.to(self.device, non_blocking=pixels.is_pinned())
+        if not self.compiled:
+            return self.encoder.encode(images)
+        import torch  # noqa: PLC0415
+        from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415
+
+        # always of one size: each other one would be compiled anew
+        missing = self._fits - len(images)
+        images = torch.nn.functional.pad(images, (0, 0) * 3 + (0, missing))
         try:
-            features = self.encoder.encode(images).cpu().numpy()
-        except torch.OutOfMemoryError as error:
-            msg = f"{self.device} is out of memory at --batch {self.batch}; give a smaller one"
+            return self._translated(images)[: len(pixels)]
+        except TorchDynamoException as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            msg = f"{self.encoder.name} cannot be compiled here ({line}); leave --compile out"
             raise ResourceError(msg) from error
-        with np.errstate(over="ignore"):
-            half: NDArray[np.float16] = features.astype(np.float16)
-        half[status != TileStatus.OK] = np.nan
-        return half
 
 
-def _read_batch(rows: Rows, start: int, stop: int) -> Batch:
-    pixels = np.zeros((stop - start, rows.side, rows.side, 3), np.uint8)
-    status = np.zeros(stop - start, np.uint8)
-    for i in range(stop - start):
-        try:
-            pixels[i] = rows.read(start + i)
-        except DataError as error:
-            if rows.gone(start + i):
-                raise
-            log.debug("unreadable: %s", error)
-            status[i] = TileStatus.UNREADABLE
-    return start, pixels, status
+def _out_of_memory(error: Exception) -> bool:
+    """Tell by PyTorch's words, which is all there is on a CPU, whether memory was short."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY)
 
 
 def _refuse_if_bad(rows: Rows, bad: int, n: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from pathcli.errors import UsageError
@@ -54,9 +55,21 @@ class Preprocess:
             )
             if pixels.is_floating_point():  # torch resizes bytes on the CPU alone
                 pixels = pixels.clamp(0, 255).round()
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1) * 255
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1) * 255
-        return (pixels.float() - mean) / std
+        shift, scale = _constants(self.mean, self.std, images.device)
+        return torch.addcmul(shift, pixels, scale)  # in one go: each pass over memory counts
+
+
+@lru_cache(maxsize=64)
+def _constants(
+    mean: Triple, std: Triple, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return shift and scale [3, 1, 1] that normalise bytes, on a device: copied there once."""
+    import torch  # noqa: PLC0415
+
+    with torch.inference_mode(mode=False):  # they serve training, too
+        shift = [-m / s for m, s in zip(mean, std, strict=True)]
+        scale = [1 / (255 * s) for s in std]
+        return tuple(torch.tensor(x, device=device).view(3, 1, 1) for x in (shift, scale))  # type: ignore[return-value]
 
 
 def encoder_id(name: str, weights: str, *how: Any) -> str:  # noqa: ANN401 - JSON-able values
