@@ -33,7 +33,11 @@ format: install
 	$(BIN)/python -m pathcli.cli.reference README.md
 
 bench: install
-	$(BIN)/python benchmarks/embedding.py
+	$(BIN)/python benchmarks/reading.py
+	$(BIN)/python benchmarks/tissue.py
+	$(BIN)/python benchmarks/embedding.py --network micro
+	$(BIN)/python benchmarks/embedding.py --network vit-b16
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/mil_training.py
 	$(BIN)/python benchmarks/training.py
 

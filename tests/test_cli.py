@@ -33,7 +33,7 @@ def test_tile_json_is_one_object_and_nothing_else(slide_path: Path, run: Run) ->
     assert code == 0
     (slide,) = json.loads(out)["slides"]
     assert slide["tiles"] > 60
-    assert (slide["mpp"], slide["mpp_source"], slide["reader"]) == (0.5, "header", "openslide")
+    assert (slide["mpp"], slide["mpp_source"], slide["reader"]) == (0.5, "header", "direct")
     assert Path(slide["overview"]).is_file()
     assert json.loads(Path(slide["geojson"]).read_text())["features"]
 
@@ -348,8 +348,9 @@ def test_exit_codes_cover_the_error_tree() -> None:
 
 def test_the_registry_is_what_help_says(slide_path: Path, run: Run) -> None:
     _, out, _ = run("tile", "--help")
-    assert "otsu|hsv|none" in " ".join(out.split())
-    assert list(registry.BUILTIN["tissue"]) == ["otsu", "hsv", "none"]
+    assert "otsu|hsv|hsv:PRESET|auto|none" in " ".join(out.split())
+    plain = [name for name in registry.BUILTIN["tissue"] if ":" not in name]
+    assert sorted(plain) == sorted(["otsu", "hsv", "auto", "none"])
 
 
 def test_anything_is_json_or_text(slide_path: Path, run: Run) -> None:

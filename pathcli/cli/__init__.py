@@ -30,6 +30,7 @@ COMMANDS = {
     "ask": "Ask a vision-language model about patches, or a slide.",
     "chat": "Ask follow-up questions about the same images.",
     "predict": "Say what a trained run makes of slides, and where it looked.",
+    "data": "Make, clean, convert, check and review data to train on.",
     "store": "List, check and clean the feature store.",
     "models": "List, describe and fetch downloads, and convert published models.",
     "doctor": "Say what works on this machine, and what to do about the rest.",
@@ -98,6 +99,10 @@ def root(
     """Computational pathology from slide to answer."""
 
 
+class Told(SystemExit):
+    """A command's end whose reasons were printed already, as JSON too."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 ok, 2 usage, 3 part failed, 4 bad data, 5 missing.
 
@@ -116,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
             sys.stderr.write("interrupted; what was finished is kept, the same command goes on\n")
-        if stop.code == UsageError.exit_code and as_json:
+        if stop.code == UsageError.exit_code and as_json and not isinstance(stop, Told):
             _print_error("wrong usage; stderr says how", UsageError.exit_code)
         raise
     except BrokenPipeError:

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from pathcli.cli import explain, show
+from pathcli.cli import Told, explain, show
 from pathcli.errors import PathcliError
 from pathcli.slides.readers import public_name
 
@@ -44,9 +42,9 @@ class Batch:
 
 
 def run_batch(
-    slides: list[Found], work: Callable[[Found, Progress], dict[str, Any]], out: Path
+    slides: list[Found], work: Callable[[Found, Progress], dict[str, Any]], out: Path | None
 ) -> Batch:
-    """Do `work` for each slide, showing progress; write failures.csv if any failed."""
+    """Do `work` for each slide, showing progress; write failures.csv to `out` if any failed."""
     batch = Batch()
     with show.progress(len(slides)) as start:
         for number, found in enumerate(slides, start=1):
@@ -61,6 +59,8 @@ def run_batch(
             except Exception as error:  # the batch goes on; the code is not 0
                 log.debug("%s", shown, exc_info=error)
                 batch.failures.append((shown, 1, f"{shown}: {explain(error)}"))
+    if out is None:  # a dry run writes nothing
+        return batch
     path = out / "failures.csv"
     if batch.failures and len(slides) > 1:
         _write_failures(batch, path)
@@ -85,7 +85,7 @@ def finish(
     rows: list[dict[str, Any]],
     *,
     as_json: bool,
-    out: Path,
+    out: Path | None,
     more: Mapping[str, Any] | None = None,
 ) -> None:
     """Print what was done and what failed, `more` in the JSON, and exit with the batch's code."""
@@ -106,8 +106,8 @@ def finish(
         show.error(f"{reason} ({count} slides)" if count > 1 else reason)
     if batch.failures and len(batch.failures) + len(batch.results) > 1:
         total = len(batch.failures) + len(batch.results)
-        listed = out / "failures.csv"
-        where = f": {listed}" if listed.is_file() else ""
+        listed = out / "failures.csv" if out else None
+        where = f": {listed}" if listed and listed.is_file() else ""
         show.say(f"{len(batch.failures)} of {total} slides failed{where}")
     if batch.exit_code:
-        raise typer.Exit(batch.exit_code)
+        raise Told(batch.exit_code)

@@ -155,8 +155,8 @@ def _take(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def lease(entry: Path) -> Iterator[Callable[[], bool]]:
-    """Hold the lease of `entry` for the length of the block.
+def lease(entry: Path, option: str = "--store") -> Iterator[Callable[[], bool]]:
+    """Hold the lease of `entry` for the length of the block; `option` says where it lies.
 
     Yields a function that tells whether it is still held: a process that was stopped for
     longer than the heartbeat allows must not publish what another has taken up.
@@ -166,7 +166,7 @@ def lease(entry: Path) -> Iterator[Callable[[], bool]]:
         ResourceError: the disk is full, or the folder may not be written.
     """
     path = lease_path(entry)
-    with disk_errors(path):
+    with disk_errors(path, option):
         path.parent.mkdir(parents=True, exist_ok=True)
         mine = _take(path)
     done = threading.Event()
