@@ -1,11 +1,14 @@
-"""An endpoint's address, and its key in the environment; looked at before anything is sent."""
+"""An endpoint's address, its key in the environment, and what may be spent there."""
 
 from __future__ import annotations
 
+import math
 import os
+import threading
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from pathcli.errors import UsageError
+from pathcli.errors import ResourceError, UsageError
 
 KEYS = ("PATHCLI_API_KEY", "OPENAI_API_KEY")
 LOCAL = {"localhost", "127.0.0.1", "::1"}
@@ -45,3 +48,77 @@ def key() -> str:
         msg = f"{name} is no key: it holds a line's end, or letters that are not ASCII"
         raise UsageError(msg)
     return found
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a million tokens cost, in USD: those a model reads, and those it writes."""
+
+    read: float
+    written: float
+
+
+class Budget:
+    """What may be spent: tokens read and written, requests, and money; None is no limit.
+
+    Of several requests at once, those under way when it runs out are still finished. An endpoint
+    that does not count tokens is taken to use one for four letters.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens: int | None = None,
+        requests: int | None = None,
+        usd: float | None = None,
+        price: Price | None = None,
+    ) -> None:
+        """Begin with nothing spent.
+
+        Raises:
+            UsageError: money without a price, or a negative number.
+        """
+        given = [usd or 0.0, *((price.read, price.written) if price else ())]
+        if (usd is not None and price is None) or not all(0 <= n < math.inf for n in given):
+            msg = "a budget in USD needs a price in USD per million tokens, read and written"
+            raise UsageError(msg)
+        self.price = price or Price(0, 0)
+        self._most = {"tokens": tokens, "requests": requests, "USD": usd}
+        self.read = self.written = self.requests = 0
+        self._turn = threading.Lock()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens spent."""
+        return self.read + self.written
+
+    @property
+    def usd(self) -> float:
+        """Money spent."""
+        return (self.read * self.price.read + self.written * self.price.written) / 1e6
+
+    def __str__(self) -> str:
+        """Say what was spent."""
+        money = f", {self.usd:.4f} USD" if self.price != Price(0, 0) else ""
+        read, written = f"{self.read:,} tokens read", f"{self.written:,} written"
+        return f"{self.requests:,} requests, {read}, {written}{money}"
+
+    def begin(self) -> None:
+        """Count one request.
+
+        Raises:
+            ResourceError: the budget does not allow it.
+        """
+        with self._turn:
+            spent = {"tokens": self.tokens, "requests": self.requests, "USD": self.usd}
+            for name, most in self._most.items():
+                if most is not None and spent[name] >= most:
+                    msg = f"the budget of {most:g} {name} is spent ({self}); what was answered is "
+                    raise ResourceError(msg + "kept: raise it and run the same command again")
+            self.requests += 1
+
+    def count(self, read: int, written: int) -> None:
+        """Count tokens that were read and written."""
+        with self._turn:
+            self.read += read
+            self.written += written

@@ -331,7 +331,7 @@ def test_evidence_is_a_sheet_a_table_and_objects_from_the_bounds(
     assert (told["answer"], told["confidence"], told["abstained"]) == ("yes", None, False)
     assert told["evidence"][0]["probability"] == pytest.approx(answer.tiles[0].probability)
     with Image.open(files["sheet"]) as sheet:
-        assert sheet.getpixel((100, 100)) == pytest.approx((230, 10, 10), abs=6)
+        assert sheet.getpixel((100, 200)) == pytest.approx((230, 10, 10), abs=6)
 
 
 def test_a_sheet_has_rows_of_five_and_frames_what_is_unfamiliar() -> None:

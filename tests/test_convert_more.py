@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny_qformer as tiny
 import torch
-from test_convert import State, opened, put, rows, sample, told
+from test_convert import Llava, State, model, opened, put, rows, sample, told
 from test_eva import lavis as lavis_tower
 from test_vlm_parity import EVA, IMAGE, WIDTH, language, words
 from test_vlm_parity import WORDS as BERT_WORDS
@@ -21,6 +21,8 @@ from pathcli.encoders.pallava_towers import vision_tower
 from pathcli.errors import DataError, UsageError
 from pathcli.runs import read_run
 from pathcli.vlm.convert import convert
+
+__all__ = ["model"]  # a fixture
 
 HEADS = 24  # the width of a Q-Former with BERT-base's twelve heads
 
@@ -235,3 +237,13 @@ def test_pallavas_missing_tensors_are_named(pallava: tuple[Path, Pallava], tmp_p
     torch.save(theirs.projector, tmp_path / "a.pth")
     with pytest.raises(DataError, match="holds no LoRA weights"):
         convert(tmp_path / "a.pth", tmp_path / "out", **given)
+
+
+def test_a_llava_without_a_tokenizer_is_told_so(model: Llava, tmp_path: Path) -> None:
+    source = model.write(tmp_path / "llava")
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(DataError, match=r"llava: no tokenizer that fits .* copy there") as caught:
+        convert(source, tmp_path / "out", encoder=f"hf:{model.folder / 'clip'}")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()

@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Run
 from PIL import Image
 from test_llm import Server, said, server, words
+from test_vqa_command import quick
+from test_vqa_eval import folder
 
 from pathcli.errors import DataError, UsageError
 from pathcli.types import Sample
 from pathcli.vlm.endpoint import EndpointResponder
 from pathcli.vlm.responders import Decoding, open_responder
 
-__all__ = ["server"]
+__all__ = ["folder", "quick", "server"]
 
 
 @pytest.fixture
@@ -109,3 +112,31 @@ def test_options_of_one_token_have_log_probabilities(
     assert len(server.bodies) == asked
     server.answer = lambda _: said("Yes")
     assert found.likelihoods([sample], [("yes", "no")]) is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_budget_stops_an_evaluation_and_nothing_is_paid_twice(
+    server: Server, folder: Path, run: Run
+) -> None:
+    usage = {"prompt_tokens": 1_000_000, "completion_tokens": 0}
+    reply = {"choices": [{"message": {"content": "A"}}], "usage": usage}
+    server.answer = lambda _: (200, reply, {})
+    whole = ["vqa-eval", str(folder / "q.json"), "--permute", "3", "--out", str(folder / "out")]
+    asked = [*whole, "--model", server.url]
+    code, _, err = run(*asked, "--budget", "2", "--price", "1,3")
+    assert code == 5
+    assert "the budget of 2 USD is spent" in err
+    assert "kept: raise it and run the same command again" in err
+    paid = len(server.bodies)
+    assert 2 <= paid < 10
+    code, _, err = run(*asked, "--budget", "100", "--price", "1,3")
+    assert code == 0, err
+    assert f"spent: {10 - paid} requests, " in err
+    assert len(server.bodies) == 10
+    for given, why in (
+        ([*asked, "--budget", "1"], "--budget needs --price READ,WRITTEN"),
+        ([*asked, "--price", "cheap"], "--price is two numbers"),
+        ([*whole, "--budget", "1", "--price", "1,1"], "neither --model nor --judge is one"),
+    ):
+        code, _, err = run(*given)
+        assert (code, why in err) == (2, True), err

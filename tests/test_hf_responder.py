@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tiny_hf import LLAVA, MAKERS
 
-from pathcli.errors import DataError, ResourceError
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.types import Sample
 from pathcli.vlm.hf import HFResponder
 from pathcli.vlm.responders import Decoding, open_responder
@@ -283,3 +283,39 @@ def test_instructblip_is_asked_one_question_about_one_image(
     for sample in (Sample("s", (), turns=("a",)), Sample("s", ("i",), turns=("a", "b", "c"))):
         with pytest.raises(DataError, match="one question about one image"):
             model.prompt(sample)
+
+
+@pytest.mark.parametrize("kind", ["instructblip", "llava"])
+def test_a_question_longer_than_the_model_reads_is_refused_with_the_limit(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, kind: str
+) -> None:
+    model = HFResponder(str(made(kind, tmp_path_factory)), device="cpu")
+    Image.new("RGB", (28, 28), "pink").save(tmp_path / "a.png")
+    short, long = (
+        Sample(name, (str(tmp_path / "a.png"),), turns=("Is it tissue? " * n,))
+        for name, n in (("short", 1), ("long", 400))
+    )
+    reads = {"instructblip": 64, "llava": 512}[kind]
+    for ask in (
+        lambda: list(model.answer([short, long], FEW)),
+        lambda: model.likelihoods([long], [("yes", "no")]),
+    ):
+        with pytest.raises(UsageError, match=rf"^long: \d+ tokens .* reads at most {reads}; ask"):
+            ask()
+    tokens = len(model._inputs([short], [model._text(short)])["input_ids"][0])
+    model._limits = {"attention_mask": tokens + 2}
+    assert list(model.answer([short], FEW)) == list(model.answer([short], Decoding(2)))
+
+
+def test_a_full_memory_is_said_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        msg = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+        raise RuntimeError(msg)
+
+    model = HFResponder(str(made("llava", tmp_path_factory)), device="cpu")
+    Image.new("RGB", (28, 28), "pink").save(tmp_path / "a.png")
+    monkeypatch.setattr(model.network, "generate", full)
+    with pytest.raises(ResourceError, match=r"the memory of cpu is full; give a smaller --load"):
+        list(model.answer([Sample("s", (str(tmp_path / "a.png"),), turns=("Is it?",))], FEW))

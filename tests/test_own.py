@@ -7,7 +7,8 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -27,10 +28,10 @@ from pathcli.runs import train
 from pathcli.store import Store
 from pathcli.trainer import Work
 from pathcli.types import Sample
-from pathcli.vlm import own
+from pathcli.vlm import memory, own
 from pathcli.vlm.generate import GenerateTask, answers
 from pathcli.vlm.own import RunResponder
-from pathcli.vlm.responders import SHIPPED, Decoding
+from pathcli.vlm.responders import SHIPPED, Decoding, Load
 
 __all__ = ["bert", "images", "llama"]  # fixtures
 
@@ -312,3 +313,83 @@ def test_the_shipped_model_answers(tmp_path: Path) -> None:
     image = (str(tmp_path / "x.png"),)
     (said,) = responder.answer([Sample("x", image, "", ("Is this malignant?",))], Decoding(8))
     assert said
+
+
+def test_its_temperature_holds_for_the_numbers_it_was_fitted_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def bare(self: RunResponder, *_: Any, **__: Any) -> None:
+        self.module, self.temperature = SimpleNamespace(encoder=None), None  # type: ignore[assignment]
+
+    monkeypatch.setattr(RunResponder, "__init__", bare)
+    found = {load: RunResponder.shipped(load=load).temperature for load in get_args(Load)}
+    assert found["auto"]
+    assert found["auto"] == found["bfloat16"]  # the recipe's own
+    assert {found[load] for load in ("float32", "float16", "8bit", "4bit")} == {None}
+
+
+# --- memory ------------------------------------------------------------------------------
+
+
+def test_where_memory_is_full_fewer_are_read_at_a_time_and_one_too_many_is_one_line(
+    trained: Trained, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    responder, samples = RunResponder.of(trained[0], device="cpu"), asked(images)
+    wanted = list(responder.answer(samples, Decoding(12)))
+    options = [["red", "a tumour"]] * len(samples)
+    weighed = responder.likelihoods(samples, options)
+    sizes: list[int] = []
+
+    def upto(most: int, name: str) -> Any:
+        real = getattr(type(responder.module), name)
+
+        def tight(batch: Any, **given: Any) -> Any:
+            sizes.append(len(batch["ids"]))
+            if sizes[-1] > most:
+                msg = "CUDA out of memory.\nTried to allocate"
+                raise torch.OutOfMemoryError(msg)
+            return real(responder.module, batch, **given)
+
+        return tight
+
+    for name in ("generate", "likelihoods"):
+        monkeypatch.setattr(responder.module, name, upto(3, name))
+    assert list(responder.answer(samples, Decoding(12))) == wanted
+    assert sizes == [12, 6, 3, 3, 3, 3]
+    for row, before in zip(responder.likelihoods(samples, options), weighed, strict=True):
+        assert row == pytest.approx(before, abs=1e-4)
+    monkeypatch.setattr(responder.module, "generate", upto(0, "generate"))
+    with pytest.raises(ResourceError) as caught:
+        list(responder.answer(samples, Decoding(12)))
+    assert "the memory of cpu is full; give a smaller --load (bfloat16, 8bit, 4bit)" in line(caught)
+    assert "--device cpu" not in line(caught)
+    assert "--device cpu" in str(memory.full("x", torch.device("cuda:1")))
+
+
+def test_an_error_that_is_none_of_memory_stays_what_it_is(trained: Trained, images: Path) -> None:
+    responder = RunResponder.of(trained[0], device="cpu")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), memory.memory("x", "cpu"):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert list(responder.answer(four(images), Decoding(12)))
+
+
+def test_layers_that_do_not_fit_stay_in_main_memory_and_nothing_else_changes(
+    trained: Trained, images: Path
+) -> None:
+    responder, samples = RunResponder.of(trained[0], device="cpu"), asked(images)
+    wanted = list(responder.answer(samples, Decoding(12)))
+    weighed = responder.likelihoods(samples[:2], [["red", "a"]] * 2)
+    network = responder.examples.language.network
+    size = sum(p.nbytes for p in network.parameters())
+    layers = network.model.layers
+    last = sum(p.nbytes for p in layers[-1].parameters())
+    memory.place(network, torch.device("cpu"), room=size - last // 2)
+    assert {p.is_meta for p in layers[-1].parameters()} == {True}  # until it is needed
+    assert not any(p.is_meta for layer in layers[:-1] for p in layer.parameters())
+    assert list(responder.answer(samples, Decoding(12))) == wanted
+    for row, before in zip(
+        responder.likelihoods(samples[:2], [["red", "a"]] * 2), weighed, strict=True
+    ):
+        assert row == pytest.approx(before, abs=1e-6)
+    with pytest.raises(ResourceError, match="memory of cpu is full"):
+        memory.place(network, torch.device("cpu"), room=-size)

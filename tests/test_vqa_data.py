@@ -165,6 +165,13 @@ def test_pathmmus_test_is_test_and_tiny_and_types_are_its_parts(tmp_path: Path) 
     ]
     assert {(q.type, q.answer) for q in found} == {("PubMed", "y"), ("Atlas", "y")}
     assert len(read_questions("pathmmu", data=tmp_path, split="val").questions) == 2
+    rows = {s: [r["metric"] for r in published("pathmmu", s)] for s in ("test", "test_tiny", "val")}
+    assert rows["test_tiny"] == ["accuracy, test_tiny"]
+    assert rows["test"] == ["accuracy, all of test", "accuracy, overall"]
+    assert rows["val"] == []  # nobody published any
+    splits = (None, "test_tiny")
+    sets = [read_questions("pathmmu", data=tmp_path, split=split) for split in splits]
+    assert [found.split for found in sets] == ["test", "test_tiny"]
     with pytest.raises(UsageError, match="no part is called 'tiny'"):
         read_questions("pathmmu", data=tmp_path, split="tiny")
 
@@ -195,6 +202,29 @@ def test_pa_llavas_three_sets_are_asked_in_its_literal_words(tmp_path: Path) -> 
         "What choice best describes this colon tissue? Just give your choice: A:Normal tissue "
         "B:Tumor tissue"
     )
+
+
+def test_colonpaths_own_table_is_read_with_its_patients(tmp_path: Path) -> None:
+    folder = tmp_path / "MedFMC_val" / "colon"
+    for name in ("a 1.png", "b.png"):
+        picture(folder / "images" / name)
+    rows = ["study_id,img_id,tumor", "p1,a 1.png,1", "p2,b.png,0", "p3,,1", "p3,c.png,2"]
+    (folder / "colon_val.csv").write_text("\n".join(rows))
+    for data in (tmp_path, folder, folder / "colon_val.csv"):
+        found = with_images(read_questions("colonpath", data=data))
+        assert [(q.answer, q.group) for q in found.questions] == [
+            ("Tumor tissue", "p1"),
+            ("Normal tissue", "p2"),
+        ]
+        assert found.questions[0].images == (str(folder / "images" / "a 1.png"),)
+        assert dict(found.dropped) == {
+            "no image is named": 1,
+            "label '2' is no class of colonpath": 1,
+        }
+    picture(tmp_path / "own" / "tumor" / "1.png")
+    picture(tmp_path / "own" / "normal" / "1.png")
+    own = read_questions("colonpath", data=tmp_path / "own").questions
+    assert {q.answer for q in own} == {"Tumor tissue", "Normal tissue"}
 
 
 def test_prompts_are_those_of_the_model_then_of_the_set_unless_one_is_named() -> None:

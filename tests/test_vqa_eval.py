@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +221,40 @@ def test_a_set_without_options_cannot_be_permuted(folder: Path) -> None:
     with pytest.raises(UsageError, match="--permute: no question of open has options"):
         evaluate(whole, model=lambda: opened.append(1) or Fake(str), permute=2)
     assert not opened  # said before a model is loaded
+
+
+def test_options_that_are_letters_are_asked_in_their_own_order_alone(folder: Path) -> None:
+    rows = [{"question": "Which?", "answer": "B", "image": "red.png", "options": ["B", "A"]}]
+    (folder / "ab.json").write_text(json.dumps(rows))
+    whole = read_questions(str(folder / "ab.json"))
+    opened: list[int] = []
+    with pytest.raises(
+        UsageError, match="of question 0 'B' is an option and the letter of another"
+    ):
+        evaluate(whole, model=lambda: opened.append(1) or Fake(str), permute=2)
+    assert not opened
+    (folder / "xy.json").write_text(json.dumps([rows[0] | {"answer": "X", "options": ["X", "Y"]}]))
+    far = with_images(read_questions(str(folder / "xy.json")))  # of two options no letter
+    found = run_vqa(far, Fake(lambda _: "X"), folder / "r.jsonl", prompts()["plain"], permute=2)
+    assert found.values["choice"].tolist() == [1]
+
+
+def test_what_is_wrong_with_a_call_is_said_before_a_model_is_opened(folder: Path) -> None:
+    opened: list[int] = []
+    whole = read_questions(str(folder / "q.json"))
+    red = replace(whole, questions=whole.questions[:3])
+    closed = replace(whole, questions=whole.questions[:1])
+    judge = "http://127.0.0.1:9/v1#m"
+    given: dict[str, Any]
+    for some, text, given in (
+        (whole, "--prompt: none is called 'clove'", {"prompt": "clove"}),
+        (red, "--blind: q has one image", {"blind": True}),
+        (whole, "not an endpoint's address", {"judged_by": "nonsense"}),
+        (closed, "--judge marks open questions", {"judged_by": judge}),
+    ):
+        with pytest.raises(UsageError, match=text):
+            evaluate(some, model=lambda: opened.append(1) or Fake(str), **given)
+    assert not opened
 
 
 def test_yes_and_no_as_options_may_be_answered_by_letter(folder: Path) -> None:

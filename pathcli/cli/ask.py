@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,12 +37,17 @@ Together = Annotated[
     bool, typer.Option("--together", help="One question on all images at once, not on each.")
 ]
 Encoder = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--encoder", help="Of a slide: what chooses tiles by the question.", metavar="NAME"
+        "--encoder",
+        help="Of a slide: what chooses tiles by the question [default: mini-clip].",
+        metavar="NAME",
     ),
 ]
-Budget = Annotated[int, typer.Option("--budget", help="Of a slide: most tiles to read.", min=1)]
+Budget = Annotated[
+    int | None,
+    typer.Option("--budget", help="Of a slide: most tiles to read [default: 16].", min=1),
+]
 Attend = Annotated[
     Path | None,
     typer.Option("--attend", help="Of a slide: choose tiles by a MIL run's attention, too."),
@@ -60,8 +66,8 @@ def ask(
     load: o.Load = "auto",
     max_tokens: o.MaxTokens = None,
     show_prompt: ShowPrompt = False,
-    encoder: Encoder = "mini-clip",
-    budget: Budget = 16,
+    encoder: Encoder = None,
+    budget: Budget = None,
     attend: Attend = None,
     slide_mpp: o.SlideMpp = None,
     out: o.Out = o.OUT,
@@ -81,24 +87,28 @@ def ask(
     from pathcli.cli.ask_slides import SlideOptions, ask_slides  # noqa: PLC0415
     from pathcli.slides.discovery import is_slide  # noqa: PLC0415
     from pathcli.vlm.ask import limited, told  # noqa: PLC0415
-    from pathcli.vlm.responders import open_responder  # noqa: PLC0415
+    from pathcli.vlm.responders import BUDGET, open_responder  # noqa: PLC0415
 
     o.check(slide_mpp, device)
+    opened = partial(open_responder, model, device=device, load=load)
     places, questions = _split(images, question_file)
     if any(map(is_slide, places)):
         _refuse(
             places,
             {"--together": together, "--show-prompt": show_prompt, "--max-tokens": max_tokens},
         )
-        given = SlideOptions(encoder, budget, attend, slide_mpp, store, device, out)
-        responder = open_responder(model, device=device, load=load)
-        ask_slides(places, questions, responder, given, json=json)
+        given = SlideOptions(
+            encoder or "mini-clip", budget or BUDGET, attend, slide_mpp, store, device, out
+        )
+        ask_slides(places, questions, opened, given, json=json)
         return
-    for name in [n for n, v in {"--attend": attend, "--slide-mpp": slide_mpp}.items() if v]:
+    of_slides = {"--attend": attend, "--slide-mpp": slide_mpp, "--encoder": encoder}
+    of_slides |= {"--budget": budget, "--store": store}
+    for name in [n for n, v in of_slides.items() if v is not None]:
         msg = f"{name} is for slides, not for images"
         raise UsageError(msg)
     samples = _samples(places, questions, together=together)
-    responder = open_responder(model, device=device, load=load)
+    responder = opened()
     if show_prompt:
         prompts = [responder.prompt(told(sample, responder.taught)) for sample in samples]
         _show_prompts(samples, prompts, json=json)
@@ -280,7 +290,7 @@ def _tell(found: Sequence[Answer], responder: Responder) -> None:
         show.say(f"unfamiliar: {', '.join(strange)}")
     given = [a for a in found if not a.abstained]
     if given and responder.temperature is None:
-        show.say("confidence: uncalibrated; nobody measured how often this model is right")
+        show.say("confidence: uncalibrated; nobody measured how often it is right, loaded so")
     elif free := sum(a.confidence is None for a in given):
         show.say(f"confidence: uncalibrated for answers in free words ({free} of {len(found)})")
     show.say(f"scope: {responder.scope}. {NOTICE}")

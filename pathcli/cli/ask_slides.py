@@ -34,23 +34,31 @@ class SlideOptions:
 def ask_slides(
     slides: Sequence[str],
     questions: Sequence[str],
-    responder: Responder,
+    opened: Callable[[], Responder],
     options: SlideOptions,
     *,
     json: bool,
 ) -> None:
-    """Ask each slide each question, write the evidence, and exit with the batch's code."""
+    """Ask each slide each question, write the evidence, and exit with the batch's code.
+
+    The model is opened last: what is wrong with anything else is said before.
+    """
     from pathcli.cli.batch import finish, run_batch  # noqa: PLC0415
     from pathcli.encoders import build_encoder  # noqa: PLC0415
+    from pathcli.encoders.build import text_encoder  # noqa: PLC0415
     from pathcli.encoders.embedding import Embedder  # noqa: PLC0415
-    from pathcli.evals.evidence import answer_json, write_evidence  # noqa: PLC0415
+    from pathcli.evals.evidence import answer_json, attending, write_evidence  # noqa: PLC0415
     from pathcli.slides.discovery import discover  # noqa: PLC0415
     from pathcli.slides.readers import public_name  # noqa: PLC0415
     from pathcli.types import NOTICE  # noqa: PLC0415
     from pathcli.vlm.slide import SlideAsker  # noqa: PLC0415
 
-    store = o.open_store(options.store)
-    embedder = Embedder(build_encoder(options.encoder), store, device=options.device)
+    found = discover(list(slides))
+    encoder = text_encoder(build_encoder(options.encoder))
+    if options.attend:
+        attending(options.attend)
+    embedder = Embedder(encoder, o.open_store(options.store), device=options.device)
+    responder = opened()
     settings = [responder.digest, embedder.encoder.id, str(options.budget), str(options.attend)]
     askers = [SlideAsker(q, responder, embedder, budget=options.budget) for q in questions]
 
@@ -69,7 +77,7 @@ def ask_slides(
         warnings = list(dict.fromkeys(text for row in rows for text in row["warnings"]))
         return {"path": public_name(slide.path), "warnings": warnings, "answers": rows}
 
-    done = run_batch(discover(list(slides)), work, options.out)
+    done = run_batch(found, work, options.out)
     if not json and done.results:
         show.say(f"scope: {responder.scope}. {NOTICE}")
     if json and len(slides) == len(done.results) == len(askers) == 1:

@@ -12,6 +12,9 @@ import typer
 from pathcli.cli import options as o
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pathcli.endpoints import Budget
     from pathcli.evals.vqa_scores import Outcome
     from pathcli.vlm.responders import Responder
 
@@ -62,6 +65,21 @@ Judge = Annotated[
         "--judge", help="A language model marks open answers, 1-10.", metavar="http://HOST/v1#NAME"
     ),
 ]
+Usd = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        help="Most to spend at endpoints; needs --price. What was answered is kept.",
+        metavar="USD",
+        min=0,
+    ),
+]
+PriceOf = Annotated[
+    str | None,
+    typer.Option(
+        "--price", help="USD per million tokens read, and written.", metavar="READ,WRITTEN"
+    ),
+]
 Tokens = Annotated[
     str | None,
     typer.Option(
@@ -91,6 +109,8 @@ def vqa_eval(
     permute: Permute = 1,
     blind: Blind = False,
     judge: Judge = None,
+    budget: Usd = None,
+    price: PriceOf = None,
     tokens: Tokens = None,
     device: o.Device = "auto",
     load: o.Load = "auto",
@@ -113,13 +133,14 @@ def vqa_eval(
         msg = "--predictions are what a model said: --permute, --blind and --prompt ask one"
         raise UsageError(msg)
     check_out(out)
+    spending = _budget(budget, price, paid := _endpoints(None if predictions else model, judge))
     whole = read_questions(dataset, data=data, images=images, split=split)
     with show.progress(1, unit="answers") as start:
         outcome = evaluate(
             whole,
             limit=limit,
             missing=missing,
-            model=None if predictions else lambda: _model(model, device, load),
+            model=None if predictions else lambda: _model(model, device, load, out, spending),
             responses=out / "responses.jsonl",
             prompt=prompt,
             permute=permute,
@@ -127,16 +148,50 @@ def vqa_eval(
             predictions=predictions,
             rival=compare,
             judged_by=judge,
+            budget=spending,
             tokens_of=tokens,
             progress=start(1, dataset),
         )
     _tell(outcome, out, json=json)
+    if paid:
+        show.say(f"spent: {spending}")
 
 
-def _model(name: str, device: str, load: str) -> Responder:
+def _endpoints(*named: str | None) -> list[str]:
+    return [one for one in named if one and one.startswith("http")]
+
+
+def _budget(usd: float | None, price: str | None, paid: Sequence[str]) -> Budget:
+    """Return what may be spent at the endpoints `paid`.
+
+    Raises:
+        UsageError: there is none, a price that is not two numbers, or money without one.
+    """
+    from pathcli.endpoints import Budget, Price  # noqa: PLC0415
+    from pathcli.errors import UsageError  # noqa: PLC0415
+
+    if (usd is not None or price) and not paid:
+        msg = "--budget and --price are for endpoints; neither --model nor --judge is one"
+        raise UsageError(msg)
+    if price is None:
+        if usd is not None:
+            msg = "--budget needs --price READ,WRITTEN, USD per million tokens, as --price 0.15,0.6"
+            raise UsageError(msg)
+        return Budget()
+    try:
+        read, written = map(float, price.split(","))
+        return Budget(usd=usd, price=Price(read, written))
+    except (ValueError, UsageError):
+        msg = f"--price is two numbers in USD per million tokens, as 0.15,0.6, not {price!r}"
+        raise UsageError(msg) from None
+
+
+def _model(name: str, device: str, load: str, out: Path, budget: Budget) -> Responder:
+    from pathcli.store.responses import Responses  # noqa: PLC0415
     from pathcli.vlm.responders import open_responder  # noqa: PLC0415
 
-    return open_responder(name, device=device, load=load)
+    kept = Responses(out / "requests.jsonl") if name.startswith("http") else None
+    return open_responder(name, device=device, load=load, kept=kept, budget=budget)
 
 
 def _tell(outcome: Outcome, out: Path, *, json: bool) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 from contextlib import closing
 from dataclasses import asdict, replace
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,14 +16,14 @@ import torch
 from pathcli.data.images import read_image
 from pathcli.device import pick_device
 from pathcli.encoders.embedding import Embedder
-from pathcli.errors import DataError
+from pathcli.errors import DataError, UsageError
 from pathcli.evals.tile_sheet import MARK, sheet
 from pathcli.mil.task import load_head, predict_bags, run_encoder
 from pathcli.report import versions
 from pathcli.runs import git_commit, read_run
 from pathcli.slides.geojson import feature, save_features, square
 from pathcli.slides.overlay import save_png
-from pathcli.slides.readers import open_slide
+from pathcli.slides.readers import open_slide, public_name
 from pathcli.store.files import write_bytes
 from pathcli.types import NOTICE, Bag, Region, TileSpec, TileStatus
 from pathcli.vlm.slide_tiles import Attention
@@ -30,6 +31,7 @@ from pathcli.vlm.slide_tiles import Attention
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pathcli.runs import Run
     from pathcli.store import Store
     from pathcli.types import ByteArray, Progress
     from pathcli.vlm.slide import Read, SlideAnswer
@@ -65,11 +67,16 @@ def write_evidence(folder: Path, answer: SlideAnswer) -> dict[str, str]:
 def evidence_sheet(answer: SlideAnswer) -> ByteArray:
     """Return the tiles an answer rests on as one picture, unfamiliar ones framed.
 
+    Above them stand question, answer, slide, model and the notice: a picture travels alone.
+
     Raises:
         DataError: the slide cannot be read again.
     """
     pixels = [read_image(Region(answer.slide, (t.x0, t.y0), t.side0)) for t in answer.tiles]
-    return sheet(pixels, [_caption(rank, tile) for rank, tile in enumerate(answer.tiles, 1)])
+    captions = [_caption(rank, tile) for rank, tile in enumerate(answer.tiles, 1)]
+    said = f"no answer: {answer.text}" if answer.abstained else answer.text
+    asked = f"{PurePosixPath(public_name(answer.slide)).name}: {answer.question}"
+    return sheet(pixels, captions, [asked, f"{answer.model}: {said}", NOTICE])
 
 
 def tile_rows(answer: SlideAnswer) -> list[dict[str, Any]]:
@@ -106,6 +113,21 @@ def answer_json(answer: SlideAnswer) -> dict[str, Any]:
     }
 
 
+def attending(folder: Path) -> Run:
+    """Return a finished run that says where it looks.
+
+    Raises:
+        UsageError: it is of another task.
+        ResourceError: there is none, or it is unfinished.
+        DataError: its files are damaged.
+    """
+    run = read_run(folder)
+    if run.recipe.task != "mil":
+        msg = f"--attend: {folder} is a run of the task {run.recipe.task}; name one of the task mil"
+        raise UsageError(msg)
+    return run
+
+
 def attention_of(
     folder: Path,
     path: Path | str,
@@ -126,10 +148,11 @@ def attention_of(
         tiling: `mpp` and `mpp_source`, as `tile` takes them.
 
     Raises:
+        UsageError: the run is of another task.
         DataError: not a slide, no tile on it, or another encoder than the run's.
         ResourceError: no run, no weights, no space.
     """
-    run, here = read_run(folder), pick_device(device)
+    run, here = attending(folder), pick_device(device)
     embedder = Embedder(run_encoder(run), store, device=here)
     spec = TileSpec.from_json(run.facts["tiles"])
     made = embedder(path, spec=spec, progress=progress, **tiling)

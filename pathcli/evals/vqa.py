@@ -7,6 +7,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from pathcli.data.images import read_image
 from pathcli.errors import DataError, UsageError
 from pathcli.evals.vqa_cards import prompt_of
 from pathcli.evals.vqa_data import MISSING, with_images
-from pathcli.evals.vqa_judge import WORDS, judge, judge_interval
+from pathcli.evals.vqa_judge import WORDS, judge, judge_interval, refuse_unless_open
 from pathcli.evals.vqa_scores import Answered, Outcome, Prediction, measure_vqa
 from pathcli.evals.vqa_tokens import token_rules
 from pathcli.llm import Client
@@ -29,6 +30,7 @@ from pathcli.weights import sha256
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from pathcli.endpoints import Budget
     from pathcli.evals.vqa_cards import Prompt
     from pathcli.evals.vqa_data import Question, QuestionSet
     from pathcli.metrics.statistics import Interval
@@ -56,6 +58,7 @@ def evaluate(
     predictions: Path | None = None,
     rival: Path | None = None,
     judged_by: str | None = None,
+    budget: Budget | None = None,
     tokens_of: str | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -73,6 +76,7 @@ def evaluate(
         predictions: a file of answers, instead of a model.
         rival: another file of answers to the same questions, to compare with.
         judged_by: the address of a language model that marks open answers; see `vqa_judge`.
+        budget: what the judge may spend.
         tokens_of: a language model whose tokens are counted as well; see `vqa_tokens`.
         progress: called with (answers, of all).
 
@@ -85,7 +89,8 @@ def evaluate(
     asked = whole.first(limit)
     if model is not None:
         asked = with_images(asked, missing=missing)
-        _permutable(asked, permute)
+        _askable(asked, prompt, permute, blind=blind)
+    marker = _marker(asked, judged_by, responses, budget)
     theirs = read_predictions(rival, asked, whole) if rival else None
     blinded, more = None, token_rules(tokens_of)
     if model is not None:
@@ -97,8 +102,7 @@ def evaluate(
     elif predictions is not None:
         ours = read_predictions(predictions, asked, whole)
         facts = {"predictions": str(predictions), "sha256": sha256(predictions)}
-    ours = replace(ours, more=more)
-    marks, told = _judged(ours, judged_by, responses)
+    marks, told = _judged(ours := replace(ours, more=more), marker)
     facts |= _of_rival(rival) | told
     return Outcome(ours, measure_vqa(ours) | marks, blinded, theirs, facts)
 
@@ -107,12 +111,20 @@ def _of_rival(path: Path | None) -> dict[str, Any]:
     return {"compared_with_file": str(path), "compared_with_sha256": sha256(path)} if path else {}
 
 
-def _judged(
-    ours: Answered, address: str | None, responses: Path
-) -> tuple[dict[str, Interval], dict[str, Any]]:
+def _marker(
+    asked: QuestionSet, address: str | None, responses: Path, budget: Budget | None
+) -> Client | None:
+    """Return what marks open answers; what is wrong with it is said before any model is opened."""
     if address is None:
+        return None
+    refuse_unless_open(asked)
+    return Client(address, kept=Responses(responses), budget=budget)
+
+
+def _judged(ours: Answered, marker: Client | None) -> tuple[dict[str, Interval], dict[str, Any]]:
+    if marker is None:
         return {}, {}
-    found = judge(ours, Client(address, kept=Responses(responses)))
+    found = judge(ours, marker)
     told = {"judge": found.judge, "judge_prompt": WORDS, "judge_unread": found.unread}
     return {"judge": judge_interval(ours, found)}, told
 
@@ -191,10 +203,26 @@ def run_vqa(
     return Answered(asked, {key: tuple(said) for key, said in answers.items()}, name)
 
 
+def _askable(asked: QuestionSet, prompt: str | None, permute: int, *, blind: bool) -> None:
+    """Refuse what no model could be asked, before one is opened."""
+    _permutable(asked, permute)
+    prompt_of(prompt, asked.card)
+    if blind:
+        _refuse_one_image(asked, len({q.images for q in asked.questions}))
+
+
 def _permutable(asked: QuestionSet, permute: int) -> None:
     if permute > 1 and not any(q.options for q in asked.questions):
         msg = f"--permute: no question of {asked.name} has options to put in another order"
         raise UsageError(msg)
+    for question in asked.questions if permute > 1 else ():
+        letters = ascii_uppercase[: len(question.options)]
+        if bad := [text for text in question.options if text.strip(" .():").upper() in [*letters]]:
+            msg = (
+                f"--permute: of question {question.id} {bad[0]!r} is an option and the letter of "
+                "another; in another order nobody knows which is meant"
+            )
+            raise UsageError(msg)
 
 
 def decoding_of(responder: Responder, prompt: Prompt) -> Decoding:
@@ -287,13 +315,17 @@ def _others(
         UsageError: there is one image alone.
     """
     pictures = {digests[q.images]: q.images for q in asked.questions}
-    if len(pictures) < 2:  # noqa: PLR2004 - one and another
-        msg = f"--blind: {asked.name} has one image; another is needed to take its place"
-        raise UsageError(msg)
+    _refuse_one_image(asked, len(pictures))
     known = list(pictures)
     mixed = [known[i] for i in np.random.default_rng(0).permutation(len(known))]
     after = dict(zip(mixed, [*mixed[1:], mixed[0]], strict=True))
     return {q.images: pictures[after[digests[q.images]]] for q in asked.questions}
+
+
+def _refuse_one_image(asked: QuestionSet, pictures: int) -> None:
+    if pictures == 1:
+        msg = f"--blind: {asked.name} has one image; another is needed to take its place"
+        raise UsageError(msg)
 
 
 # --- files of answers --------------------------------------------------------------------

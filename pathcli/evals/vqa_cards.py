@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from itertools import repeat
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -26,7 +26,8 @@ _STRICT = ConfigDict(extra="forbid")
 class SetCard:
     """A set we know: where its files lie, what it is put with, and who says so.
 
-    `classes`, `question` and `options` (text: labels) make questions of labelled images.
+    `classes`, `question` and `options` (text: labels) make questions of labelled images; their
+    labels may stand in one of `tables`, under the names that `columns` gives image, label, group.
     """
 
     __pydantic_config__ = _STRICT
@@ -40,6 +41,7 @@ class SetCard:
     classes: str = ""
     question: str = ""
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    columns: Mapping[Literal["image", "label", "group"], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,13 @@ def cards() -> dict[str, SetCard]:
     }
 
 
-def published(name: str) -> list[dict[str, Any]]:
-    """Return the numbers of the literature on a set: metric, rule, source and values by model."""
-    return list(_asset("published").get(name, ()))
+def published(name: str, split: str = "") -> list[dict[str, Any]]:
+    """Return the numbers of the literature on a set: metric, rule, source and values by model.
+
+    Of a set that has splits, those measured on `split`; all of them without one.
+    """
+    rows = _asset("published").get(name, ())
+    return [row for row in rows if not split or row.get("split", split) == split]
 
 
 def _asset(name: str) -> dict[str, Any]:

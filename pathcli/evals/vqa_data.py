@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from pathcli.data.formats.conversations import NO_ANSWER, conversation, group_of
 from pathcli.data.formats.source import Files, plain
-from pathcli.data.formats.tables import IMAGE, TABLES, pick
+from pathcli.data.formats.tables import IMAGE, TABLES, pick, read_rows
 from pathcli.data.formats.vqa import (
     PICKLES,
     by_content,
@@ -49,6 +49,7 @@ MISSING = 0.01
 NO_IMAGE, NOT_THERE = "no image is named", "no such image file"
 _NONE_OF = "the answer is none of the options"
 _MARK = "<image>"
+_SPLIT = "test"  # of a set that has parts
 
 
 # --- questions ---------------------------------------------------------------------------
@@ -86,7 +87,8 @@ class Question:
 class QuestionSet:
     """A set's questions, what was left out by reason, and where all of it is from.
 
-    `root` is the folder of the images; `found` tells whether they were looked for.
+    `root` is the folder of the images; `found` tells whether they were looked for. `split` is the
+    part of a set that has several, "" of all others.
     """
 
     name: str
@@ -97,6 +99,7 @@ class QuestionSet:
     dropped: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     found: bool = False
+    split: str = ""
 
     @cached_property
     def digest(self) -> str:
@@ -138,6 +141,8 @@ def read_questions(
         msg = f"{name}: where is it? give --data DIR; {card.get}"
         raise UsageError(msg)
     if card.question:
+        if table := _label_table(card, data):
+            return _of_label_table(card, name, table, images)
         return _of_labels(card, name, data, images)
     if data.is_file():
         return _of_tables(card, name, [data], images, split)
@@ -148,13 +153,25 @@ def read_questions(
 
 def _tables(card: SetCard, name: str, folder: Path) -> list[Path]:
     """Return the first kind of table that lies in a folder: one file, or the shards of one."""
-    if tables := next(filter(None, (sorted(folder.glob(each)) for each in card.tables)), None):
+    if tables := _there(card, folder):
         return tables
     msg = (
         f"{folder}: no {' or '.join(card.tables)}; --data may also name the table of {name}; "
         f"to get it: {card.get}"
     )
     raise ResourceError(msg)
+
+
+def _there(card: SetCard, folder: Path) -> list[Path]:
+    return next(filter(None, (sorted(folder.glob(each)) for each in card.tables)), [])
+
+
+def _label_table(card: SetCard, data: Path) -> Path | None:
+    """Return the set's own table of labels, where it has one and this is it."""
+    tables = [data] if data.is_file() else _there(card, data)
+    if not (tables and card.columns and tables[0].suffix == ".csv"):
+        return None
+    return tables[0] if card.columns["image"] in next(read_rows(tables[0]), {}) else None
 
 
 def _of_tables(
@@ -166,7 +183,8 @@ def _of_tables(
     kept = tuple(_named(question, number) for number, question in enumerate(made))
     kept = tuple(question for question in kept if question.answer)
     source, root = ", ".join(map(str, tables)), images or tables[0].parent
-    return _whole(QuestionSet(name, kept, source, root, card, +dropped))
+    found = QuestionSet(name, kept, source, root, card, +dropped)
+    return _whole(replace(found, split=(split or _SPLIT) if card.splits else ""))
 
 
 def _named(question: Question, number: int) -> Question:
@@ -174,6 +192,22 @@ def _named(question: Question, number: int) -> Question:
     of_words = rules.question_type(question.question, question.answer)
     kind = question.type or ("choice" if question.options else of_words)
     return replace(question, id=question.id or str(number), type=kind)
+
+
+def _of_label_table(card: SetCard, name: str, table: Path, images: Path | None) -> QuestionSet:
+    options = {label: text for text, labels in card.options.items() for label in labels}
+    dropped: Counter[str] = Counter()
+    questions = []
+    for row in read_rows(table):
+        image, label, group = (plain(row.get(card.columns[c])) for c in ("image", "label", "group"))
+        answer = options.get(label.removesuffix(".0"))
+        if not image or answer is None:
+            dropped[f"label {label!r} is no class of {name}" if image else NO_IMAGE] += 1
+            continue
+        rest = (card.question, answer, tuple(card.options), "choice", group)
+        questions.append(Question(image, (image,), *rest))
+    root = images or table.parent
+    return _whole(QuestionSet(name, tuple(questions), str(table), root, card, dropped))
 
 
 def _of_labels(card: SetCard, name: str, data: Path, images: Path | None) -> QuestionSet:
@@ -224,7 +258,7 @@ def _rows(table: Path, card: SetCard, split: str | None) -> Iterator[Row]:
             for number, each in enumerate(of_image(row)):
                 yield each | {"id": f"{plain(row.get('img_id'))}-{number}"}
         elif held and not row.keys() & {"question", "conversations"}:
-            parts = _wanted(card, split or "test", held)
+            parts = _wanted(card, split or _SPLIT, held)
             category = plain(row.get("image"))
             for part in parts:
                 for item in row.get(part) or ():

@@ -19,6 +19,7 @@ from pathcli.llm import Message
 from pathcli.metrics.statistics import bootstrap
 
 if TYPE_CHECKING:
+    from pathcli.evals.vqa_data import QuestionSet
     from pathcli.evals.vqa_scores import Answered
     from pathcli.llm import Client
     from pathcli.metrics.answers import Scored
@@ -48,6 +49,17 @@ class Judged:
     unread: int
 
 
+def refuse_unless_open(asked: QuestionSet) -> None:
+    """Refuse a set without a question that a judge could mark.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not any(question.kind == "open" for question in asked.questions):
+        msg = f"--judge marks open questions, and {asked.name} has none"
+        raise UsageError(msg)
+
+
 def judge(answered: Answered, client: Client) -> Judged:
     """Return the marks of all open questions; an empty answer has the lowest without asking.
 
@@ -58,9 +70,7 @@ def judge(answered: Answered, client: Client) -> Judged:
     questions = answered.questions
     marks = np.full(len(questions), np.nan)
     said = {i: answered.answers[q.id][0].text for i, q in enumerate(questions) if q.kind == "open"}
-    if not said:
-        msg = f"--judge marks open questions, and {answered.asked.name} has none"
-        raise UsageError(msg)
+    refuse_unless_open(answered.asked)
     marks[[i for i, text in said.items() if not text.strip()]] = LOWEST
     asked = {i: text for i, text in said.items() if text.strip()}
     conversations = (

@@ -81,7 +81,8 @@ def vqa_report(outcome: Outcome) -> Report:
                 | {"difference": _metric(d.difference)}
                 for d in outcome.differences
             ],
-            "published": published(asked.name),
+            "published": published(asked.name, asked.split),
+            "split": asked.split,
             "git": git_commit(),
             "versions": versions(),
         },
@@ -187,7 +188,7 @@ def published_rows(outcome: Outcome) -> list[dict[str, Any]]:
     return [
         {"model": model, "measure": told["metric"], "published": f"{value:.4f}"}
         | {"here": _here(numbers, told["rule"]), "source": told["source"]}
-        for told in published(outcome.ours.asked.name)
+        for told in published(outcome.ours.asked.name, outcome.ours.asked.split)
         for model, value in told["values"].items()
     ]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pathcli.llm import Budget
+    from pathcli.endpoints import Budget
     from pathcli.store.responses import Responses
     from pathcli.types import ImageRef, Sample
 

@@ -7,8 +7,6 @@ question about one image, as their authors put it.
 from __future__ import annotations
 
 import copy
-import hashlib
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +17,19 @@ from torch.nn.functional import log_softmax
 from pathcli.cards import Hub
 from pathcli.data.images import read_image
 from pathcli.device import pick_device
-from pathcli.errors import DataError, ResourceError
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.store.responses import response_key
 from pathcli.torchvision_guard import guard_torchvision
 from pathcli.vlm.language_files import precision_of, quiet, require, unreadable, version_of
+from pathcli.vlm.memory import memory
+from pathcli.vlm.remembered import remember
 from pathcli.vlm.responders import Decoding, Untaught
 from pathcli.vlm.turns import pieces
 from pathcli.vlm.written import IMAGE
 from pathcli.weights import fetch, local, sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -92,7 +92,7 @@ class HFResponder(Untaught):
         ends = self._own.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = [e for e in ends if e is not None] or [self.tokenizer.eos_token_id]
-        _remember(self.network)
+        remember(self.network)
 
     @cached_property
     def digest(self) -> str:
@@ -177,7 +177,35 @@ class HFResponder(Untaught):
         except ValueError as error:  # such as an image that is far longer than wide
             msg = f"{', '.join(s.name for s in samples)}: refused by {self.name} ({error!s:.120})"
             raise DataError(msg) from error
+        self._refuse_longer(samples, found)
         return found.to(self.network.device, self.network.dtype)
+
+    @cached_property
+    def _limits(self) -> dict[str, int]:
+        """Most tokens that fit, by the mask of who reads them: the Q-Former, the language model."""
+        config = self.network.config
+        readers = {
+            "qformer_attention_mask": getattr(config, "qformer_config", None),
+            "attention_mask": config.get_text_config(),
+        }
+        known = {mask: getattr(of, "max_position_embeddings", None) for mask, of in readers.items()}
+        return {mask: int(limit) for mask, limit in known.items() if limit}
+
+    def _refuse_longer(self, samples: Sequence[Sample], found: Any) -> None:  # noqa: ANN401
+        """Refuse a question of more tokens than the model has places for.
+
+        Raises:
+            UsageError: one is longer; the limit is named.
+        """
+        for mask, limit in self._limits.items():
+            lengths = found[mask].sum(1) if mask in found else torch.zeros(1)
+            if lengths.max() > limit - (mask == "attention_mask"):  # the answer needs a place
+                longest = int(lengths.argmax())
+                msg = (
+                    f"{samples[longest].name}: {int(lengths[longest])} tokens are asked, and "
+                    f"{self.name} reads at most {limit}; ask in fewer words"
+                )
+                raise UsageError(msg)
 
     # --- what it says --------------------------------------------------------------------------
 
@@ -188,6 +216,7 @@ class HFResponder(Untaught):
         from the same seed, so that an answer depends on nothing but its question.
 
         Raises:
+            UsageError: a question is longer than what the model reads.
             DataError: an image cannot be read, or a sample asks what cannot be asked.
             ResourceError: the device's memory is too small.
         """
@@ -213,20 +242,22 @@ class HFResponder(Untaught):
         search: dict[str, Any] = {"num_beams": decoding.beams}
         if decoding.beams > 1:
             search["length_penalty"] = decoding.length_penalty
+        asked = inputs["input_ids"]
+        length, most = asked.shape[1], decoding.max_new_tokens
+        if not self._seq2seq:
+            most = max(1, min(most, self._limits.get("attention_mask", length + most) - length))
         own = copy.deepcopy(self._own)
         own.do_sample = self.draws
-        with quiet(), torch.random.fork_rng(), _memory(self.name):
+        with quiet(), torch.random.fork_rng(), memory(self.name, self.network.device):
             torch.manual_seed(SEED)
             ids = self.network.generate(
                 **inputs,
                 generation_config=own,
-                max_new_tokens=decoding.max_new_tokens,
-                min_new_tokens=decoding.min_new_tokens or None,
+                max_new_tokens=most,
+                min_new_tokens=min(decoding.min_new_tokens, most) or None,
                 pad_token_id=self.tokenizer.pad_token_id,
                 **search,
             )
-        asked = inputs["input_ids"]
-        length = asked.shape[1]
         if ids.shape[1] >= length and torch.equal(ids[:, :length], asked):
             ids = ids[:, length:]
         return [str(t).strip() for t in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -238,6 +269,7 @@ class HFResponder(Untaught):
         """Return for each sample float64 [options]; see `Responder.likelihoods`.
 
         Raises:
+            UsageError: a question is longer than what the model reads.
             DataError: an image cannot be read, or a sample asks what cannot be asked.
             ResourceError: the device's memory is too small.
         """
@@ -247,7 +279,7 @@ class HFResponder(Untaught):
         for sample, row in zip(samples, options, strict=True):
             text = self._text(sample)
             inputs = self._inputs([sample], [text])
-            with quiet(), _memory(self.name):
+            with quiet(), memory(self.name, self.network.device):
                 found.append(np.array([self._likelihood(inputs, text, option) for option in row]))
         return found
 
@@ -337,7 +369,7 @@ def _network(folder: Path, device: str, load: Load) -> Any:  # noqa: ANN401 - tr
     elif load in {"8bit", "4bit"}:
         options["device_map"] = {"": here}
     try:
-        with quiet(), _memory(str(folder)):
+        with quiet(), memory(str(folder), here):
             network, told = AutoModelForImageTextToText.from_pretrained(
                 folder, output_loading_info=True, **_HERE, **options
             )
@@ -348,51 +380,7 @@ def _network(folder: Path, device: str, load: Load) -> Any:  # noqa: ANN401 - tr
     if wrong := [*sorted(told["missing_keys"]), *told["mismatched_keys"]]:
         msg = f"{folder}: {len(wrong)} tensors do not fit config.json ({wrong[0]})"
         raise DataError(msg)
-    return network.eval() if "device_map" in options else network.eval().to(here)
-
-
-@contextmanager
-def _memory(name: str) -> Iterator[None]:
-    """Say in one line that a device's memory is full."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        msg = f"{name}: the device's memory is full; --load 8bit or 4bit, or --device cpu"
-        raise ResourceError(msg) from error
-
-
-def _remember(network: Any) -> None:  # noqa: ANN401 - transformers' own
-    """Let a model's image tower keep what it last said of the same images.
-
-    A second question about them, and every option that is weighed, encodes nothing.
-    """
-    for owner in (network, getattr(network, "model", None)):
-        for name in ("vision_tower", "vision_model", "visual"):
-            tower = getattr(owner, name, None)
-            if isinstance(tower, torch.nn.Module):
-                tower.forward = _once(tower.forward)
-                return
-
-
-def _once(forward: Callable[..., Any]) -> Callable[..., Any]:
-    last: dict[str, Any] = {}
-
-    def remembered(*given: Any, **named: Any) -> Any:  # noqa: ANN401 - a module's forward
-        key = _key([*enumerate(given), *sorted(named.items())])
-        if key not in last:
-            last.clear()
-            last[key] = forward(*given, **named)
-        return copy.copy(last[key])
-
-    return remembered
-
-
-def _key(values: Sequence[tuple[Any, Any]]) -> str:
-    """Return a SHA-256 over tensors' bytes, and over the other values and their names."""
-    sha = hashlib.sha256()
-    for tensor in (value for _, value in values if isinstance(value, torch.Tensor)):
-        sha.update(f"{tuple(tensor.shape)};".encode())
-        sha.update(tensor.detach().cpu().float().numpy().tobytes())
-    rest = [(name, value) for name, value in values if not isinstance(value, torch.Tensor)]
-    sha.update(repr(rest).encode())
-    return sha.hexdigest()
+    if "device_map" in options:
+        return network.eval()
+    with memory(str(folder), here):
+        return network.eval().to(here)

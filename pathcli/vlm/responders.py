@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from pathcli.endpoints import Budget
+    from pathcli.store.responses import Responses
     from pathcli.types import ImageRef, Sample
 
 SHIPPED = "clover-mini"
+BUDGET = 16
+"""Tiles of a slide that are read, at most."""
 Load = Literal["auto", "float32", "bfloat16", "float16", "8bit", "4bit"]
 
 
@@ -118,13 +122,22 @@ class Untaught:
         return []
 
 
-def open_responder(model: str = SHIPPED, *, device: str = "auto", load: str = "auto") -> Responder:
+def open_responder(
+    model: str = SHIPPED,
+    *,
+    device: str = "auto",
+    load: str = "auto",
+    kept: Responses | None = None,
+    budget: Budget | None = None,
+) -> Responder:
     """Return the model of a name (see above).
 
     Args:
         model: a name, a folder, hf:ID, or an endpoint's address.
         device: auto, cpu, cuda, cuda:1 or mps; of endpoints nothing.
         load: the language model's numbers; auto takes what a recipe or checkpoint says.
+        kept: where an endpoint's replies are looked for and kept; others need none.
+        budget: what may be spent at an endpoint.
 
     Raises:
         UsageError: the name says nothing, the folder holds no such model, or no such `load`.
@@ -137,7 +150,7 @@ def open_responder(model: str = SHIPPED, *, device: str = "auto", load: str = "a
     if model.startswith(("http://", "https://")):
         from pathcli.vlm.endpoint import EndpointResponder  # noqa: PLC0415
 
-        return EndpointResponder(model)
+        return EndpointResponder(model, kept=kept, budget=budget)
     folder = Path(model)
     if folder.is_file() or '"mm_vision_tower"' in _config(folder):  # LAVIS', xtuner's; LLaVA's
         msg = f"{model} is in its authors' layout; run: pathcli models convert {model} OUT"

@@ -15,12 +15,11 @@ import numpy as np
 
 from pathcli.encoders.build import build_encoder, text_encoder
 from pathcli.encoders.embedding import Embedder
-from pathcli.encoders.search import unit
 from pathcli.encoders.zeroshot import class_weights, too_long, unfamiliar
 from pathcli.errors import DataError, UsageError
 from pathcli.types import Region, Sample, TileStatus, silent
 from pathcli.vlm.asked import YES_NO, allowed, matched, probabilities
-from pathcli.vlm.responders import SHIPPED
+from pathcli.vlm.responders import BUDGET, SHIPPED
 from pathcli.vlm.slide_rules import (
     Presence,
     Said,
@@ -30,7 +29,7 @@ from pathcli.vlm.slide_rules import (
     seeks_the_opposite,
     subject,
 )
-from pathcli.vlm.slide_tiles import choose, cosines, nearest
+from pathcli.vlm.slide_tiles import choose, cosines, nearest, units
 from pathcli.weights import fetch
 
 if TYPE_CHECKING:
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
     from pathcli.types import Encoder, Progress, TileSpec
     from pathcli.vlm.responders import Responder
     from pathcli.vlm.slide_tiles import Attention
-
-BUDGET = 16
 
 
 @dataclass(frozen=True)
@@ -198,7 +195,7 @@ class SlideAsker:
         if attend is not None:
             looked = nearest(attend, tiles)[rows]
             ranked["attended"] = np.argsort(-looked, kind="stable")
-        picked = choose(ranked, lambda at: unit(features.values[rows[at]]), self.budget)
+        picked = choose(ranked, lambda at: units(features.values[rows[at]]), self.budget)
         strange = unfamiliar(self.embedder.encoder, features.values[rows[list(picked)]])
         found = []
         for number, (at, why) in enumerate(picked.items()):

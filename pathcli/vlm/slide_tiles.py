@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pathcli.encoders.search import DUPLICATES, distinct, unit
+from pathcli.encoders.search import DUPLICATES, distinct
 from pathcli.errors import UsageError
 from pathcli.types import TileStatus
 
@@ -28,7 +27,7 @@ CLUSTERED = 4096
 REACH = 8
 """How far down a ranking tiles unlike its best are sought, for each that is wanted."""
 
-_ROWS = 65_536
+_BLOCK, _ROUNDS = 512, 10
 
 
 class Attention(NamedTuple):
@@ -70,27 +69,42 @@ def choose(
     pool = np.linspace(0, n - 1, size).round().astype(np.intp)
     rows = read(pool)
     closed = np.isin(pool, list(taken))
-    for centre in _centres(rows, spread):
-        away = np.where(closed, np.inf, ((rows - centre) ** 2).sum(1))
-        at = int(away.argmin())
+    centres = _centres(rows, spread)
+    near = 2 * (centres @ rows.T) - np.einsum("ij,ij->i", rows, rows)
+    for row in near:
+        at = int(np.where(closed, -np.inf, row).argmax())
         closed[at] = True
         taken[int(pool[at])] = "spread"
     return taken
 
 
 def _centres(rows: Floats, count: int) -> Floats:
-    """Return the centres [count, d] of clusters, the same for the same rows."""
-    from scipy.cluster.vq import kmeans2  # noqa: PLC0415 - costs half a second
+    """Return the centres [count, d] of clusters, the same for the same rows.
 
-    starts = [int(((rows - rows.mean(0)) ** 2).sum(1).argmin())]
-    away = np.full(len(rows), np.inf)
+    Lloyd's k-means from the row nearest to the mean and those farthest from all before; distances
+    are products of matrices. A cluster left empty keeps its centre.
+    """
+    squares = np.einsum("ij,ij->i", rows, rows)
+
+    def away(centre: Floats) -> Floats:
+        found: Floats = squares - 2 * (rows @ centre) + centre @ centre
+        return found
+
+    starts = [int(away(rows.mean(0)).argmin())]
+    least = away(rows[starts[0]])
     while len(starts) < count:
-        away = np.minimum(away, ((rows - rows[starts[-1]]) ** 2).sum(1))
-        starts.append(int(away.argmax()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of clusters left empty, as equal tiles leave them
-        found: Floats = kmeans2(rows, rows[starts], minit="matrix")[0]
-    return found
+        starts.append(int(least.argmax()))
+        least = np.minimum(least, away(rows[starts[-1]]))
+    centres, labels = rows[starts], np.full(len(rows), -1)
+    for _ in range(_ROUNDS):
+        now = (2 * (rows @ centres.T) - (centres**2).sum(1)).argmax(1)
+        if (now == labels).all():
+            break
+        labels = now
+        members = (labels == np.arange(count)[:, None]).astype(rows.dtype)
+        sizes = members.sum(1, keepdims=True)
+        centres = np.where(sizes > 0, members @ rows / np.maximum(sizes, 1), centres)
+    return centres
 
 
 def nearest(attend: Attention, tiles: Tiles) -> Floats:
@@ -111,7 +125,28 @@ def nearest(attend: Attention, tiles: Tiles) -> Floats:
 
 
 def cosines(values: NDArray[Any], rows: Rows, text: Floats) -> Floats:
-    """Return the cosines [k] of `rows` of features [n, d], a part at a time, with a unit vector."""
-    parts = np.array_split(rows, max(1, len(rows) // _ROWS))
-    found: Floats = np.concatenate([unit(values[part]) @ text for part in parts])
+    """Return the cosines float32 [k] of `rows`, ascending, of features [n, d] with a unit vector.
+
+    A block at a time in one buffer, which stays in the processor's cache.
+    """
+    found = np.empty(len(rows), np.float32)
+    buffer = np.empty((min(_BLOCK, len(rows)), values.shape[1]), np.float32)
+    for start in range(0, len(rows), _BLOCK):
+        some = rows[start : start + _BLOCK]
+        first, end = int(some[0]), int(some[-1]) + 1
+        block = buffer[: len(some)]
+        block[:] = values[first:end] if end - first == len(some) else values[some]
+        found[start : start + len(some)] = (block @ text) / _norms(block)
     return found
+
+
+def units(values: NDArray[Any]) -> Floats:
+    """Return float32 rows of length one; a row of zeros stays."""
+    found = values.astype(np.float32)
+    found /= _norms(found)[:, None]
+    return found
+
+
+def _norms(rows: Floats) -> Floats:
+    found: Floats = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    return np.maximum(found, np.finfo(np.float32).tiny, out=found)

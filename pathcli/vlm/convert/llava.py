@@ -234,7 +234,12 @@ def _whole(
             shutil.copyfile(file, words.folder / file.name)
     refuse_faults(_faults(words), job.source)
     language = HFLanguage(model=str(words.folder))
-    assert language.tokenizer  # noqa: S101 - it can be read
+    try:
+        language.tokenizer.get_vocab()
+    except DataError as error:
+        why = "copy there the tokenizer's files of the language model it was trained from"
+        msg = f"{job.source}: no tokenizer that fits its language model; {why}"
+        raise DataError(msg) from error
     if language.width != width:
         msg = f"{job.source}: projects to {width}, but its language model reads {language.width}"
         raise DataError(msg)
