@@ -57,6 +57,16 @@ class Price:
     read: float
     written: float
 
+    def __post_init__(self) -> None:
+        """Refuse what is no price.
+
+        Raises:
+            UsageError: a number below 0, or none.
+        """
+        if not all(0 <= usd < math.inf for usd in (self.read, self.written)):
+            msg = f"a price is two numbers from 0 up, not {self.read:g},{self.written:g}"
+            raise UsageError(msg)
+
 
 class Budget:
     """What may be spent: tokens read and written, requests, and money; None is no limit.
@@ -78,8 +88,7 @@ class Budget:
         Raises:
             UsageError: money without a price, or a negative number.
         """
-        given = [usd or 0.0, *((price.read, price.written) if price else ())]
-        if (usd is not None and price is None) or not all(0 <= n < math.inf for n in given):
+        if usd is not None and (price is None or not 0 <= usd < math.inf):
             msg = "a budget in USD needs a price in USD per million tokens, read and written"
             raise UsageError(msg)
         self.price = price or Price(0, 0)

@@ -1,115 +1,53 @@
 """The one client of OpenAI-compatible endpoints: a conversation with images in, words out.
 
 Nothing leaves this machine unless somebody gave an endpoint's address; then what is asked, its
-images among it, goes to that address and nowhere else: redirects are not followed, and this
-machine's own addresses are reached without a proxy. The key that opens it is the environment's
-PATHCLI_API_KEY, or else OPENAI_API_KEY; it stands in no log and in no message.
+images among it, goes to that address and nowhere else (`pathcli.llm_http`). The key that opens it
+is the environment's PATHCLI_API_KEY, or else OPENAI_API_KEY.
 """
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import email.utils
-import hashlib
-import http.client
 import json
 import logging
-import threading
-import time
-import urllib.request
+import re
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.error import HTTPError, URLError
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from pathcli.endpoints import KEYS, LOCAL, host_of, key
-from pathcli.errors import DataError, ResourceError, UsageError
+from pathcli.endpoints import Budget
+from pathcli.errors import ResourceError, UsageError
+from pathcli.llm_http import Pace, SlowError, Wire
+from pathcli.llm_messages import CUT, LETTERS, Message, Picture, Reply, in_words, tokens_of
 from pathcli.store.responses import response_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from pathcli.store.responses import Responses
 
+__all__ = ["Client", "Message", "Picture", "Reply"]
+
 log = logging.getLogger("pathcli")
 
-LONGEST_S = 120.0
-"""No endpoint is waited for longer than this between two tries."""
+T = TypeVar("T")
+
 TOP = 20
 """Likeliest first tokens that are asked for: the most an endpoint of this form gives."""
-_LATER = {408, 425, 429, *range(500, 600)}
+_SILENT = 8  # conversations in a row without answer, at least, after which nobody is there
+_NO_SCHEMA = re.compile(r"(?i)response_format|json.schema|structured output")
+_OWN = {
+    "content filter": re.compile(r"(?i)content.?filter|content.?(management.)?policy|moderation"),
+    "too long": re.compile(r"(?i)context.?(length|window)|maximum context|too (long|many tokens)"),
+}
+"""What endpoints refuse of one conversation, by their words."""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A PNG or JPEG file's bytes."""
+class Usage(NamedTuple):
+    """Tokens that are read and written."""
 
-    data: bytes = field(repr=False)
-
-    def url(self) -> str:
-        """Return the picture inside an address."""
-        kind = "png" if self.data.startswith(b"\x89PNG") else "jpeg"
-        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
-
-
-@dataclass(frozen=True)
-class Message:
-    """What one side said: words and pictures in their order."""
-
-    role: Literal["system", "user", "assistant"]
-    content: tuple[str | Picture, ...]
-
-    def to_json(self, *, short: bool = False) -> dict[str, Any]:
-        """Return it as endpoints take it; `short` has pictures' SHA-256 instead of pictures."""
-        if all(isinstance(part, str) for part in self.content):
-            return {"role": self.role, "content": "\n".join(map(str, self.content))}
-        return {"role": self.role, "content": [_part(part, short=short) for part in self.content]}
-
-
-def _part(part: str | Picture, *, short: bool) -> dict[str, Any]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    url = hashlib.sha256(part.data).hexdigest() if short else part.url()
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-class Budget:
-    """What may be spent: tokens read and written, and requests; None is no limit.
-
-    Of several requests at once, those under way when the tokens run out are still finished.
-    An endpoint that does not count tokens is taken to use one for four letters.
-    """
-
-    def __init__(self, *, tokens: int | None = None, requests: int | None = None) -> None:
-        """Begin with nothing spent."""
-        self.tokens, self.requests = tokens, requests
-        self.spent_tokens = self.spent_requests = 0
-        self._turn = threading.Lock()
-
-    def begin(self) -> None:
-        """Count one request.
-
-        Raises:
-            ResourceError: the budget does not allow it.
-        """
-        with self._turn:
-            tokens = (self.tokens, "tokens", self.spent_tokens)
-            for limit, name, spent in (tokens, (self.requests, "requests", self.spent_requests)):
-                if limit is not None and spent >= limit:
-                    msg = (
-                        f"the budget of {limit} {name} is spent ({self.spent_requests} requests, "
-                        f"{self.spent_tokens} tokens); raise it and run the same command again"
-                    )
-                    raise ResourceError(msg)
-            self.spent_requests += 1
-
-    def count(self, tokens: int) -> None:
-        """Count tokens that were read and written."""
-        with self._turn:
-            self.spent_tokens += tokens
+    read: int
+    written: int
 
 
 class Client:
@@ -125,6 +63,7 @@ class Client:
         attempts: int = 6,
         pause_s: float = 1.0,
         timeout_s: float = 300.0,
+        pace: Pace | None = None,
     ) -> None:
         """Keep an address, `http://HOST/v1#NAME`; nothing is sent yet.
 
@@ -134,21 +73,22 @@ class Client:
             budget: what may be spent.
             workers: requests under way at once.
             attempts: most tries of what is refused for now, or not answered in `timeout_s`.
-            pause_s: before the second try, doubled each time, unless Retry-After says another.
+            pause_s: bound of the wait before the second try, doubled each time; Retry-After
+                comes on top.
             timeout_s: so long an answer is waited for.
+            pace: requests and tokens a minute.
 
         Raises:
             UsageError: not an address.
         """
         base, _, self._named = url.partition("#")
-        self.base, host = base.rstrip("/"), host_of(base)
         self.kept, self.budget, self.workers = kept, budget or Budget(), workers
-        self.attempts, self.pause_s, self.timeout_s = attempts, pause_s, timeout_s
-        handlers: list[urllib.request.BaseHandler] = [_Stay()]
-        if host in LOCAL:
-            handlers.append(urllib.request.ProxyHandler({}))
-        self._opener = urllib.request.build_opener(*handlers)
+        self._wire = Wire(
+            base, attempts=attempts, pause_s=pause_s, timeout_s=timeout_s, pace=pace or Pace()
+        )
+        self.base = self._wire.base
         self._limit = "max_tokens"  # as vLLM and Ollama call it
+        self._schemas = True  # as long as it has not refused one
 
     @cached_property
     def model(self) -> str:
@@ -171,11 +111,9 @@ class Client:
             ResourceError: the endpoint does not answer.
             DataError: it answers something else.
         """
-        found = self._send("models", None)
-        try:
-            return [str(one["id"]) for one in found["data"] or ()]
-        except (TypeError, KeyError):
-            raise self._strange(found) from None
+        return self._wire.models()
+
+    # --- asking ------------------------------------------------------------------------------
 
     def ask(self, messages: Sequence[Message], **settings: Any) -> str:  # noqa: ANN401 - JSON
         """Return what the model answers, greedily and in at most 512 tokens.
@@ -189,7 +127,7 @@ class Client:
                 or the budget is spent.
             DataError: what it answers is no answer.
         """
-        return self._kept(messages, _text, settings)
+        return self._kept(messages, _text, settings).text
 
     def ask_all(
         self,
@@ -204,17 +142,50 @@ class Client:
         Raises:
             PathcliError: see `ask`.
         """
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="llm")
-        waiting: deque[Future[str]] = deque()
-        try:
-            for messages in conversations:
-                waiting.append(pool.submit(self.ask, messages, **settings))
-                if len(waiting) >= 2 * self.workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield from self._each(conversations, lambda messages: self.ask(messages, **settings))
+
+    def reply_all(
+        self,
+        conversations: Iterable[Sequence[Message]],
+        *,
+        schema: Mapping[str, Any] | None = None,
+        **settings: Any,  # noqa: ANN401 - JSON
+    ) -> Iterator[Reply]:
+        """Yield a reply to each conversation, as `ask_all`, with what is wrong with it alone.
+
+        A refusal, the endpoint's content filter, a conversation longer than the model reads, an
+        answer that was cut off and one that did not come in time are faults of one reply.
+
+        Args:
+            conversations: what is asked.
+            schema: a JSON schema that answers shall have. An endpoint that refuses one is told
+                it in words.
+            settings: see `ask`.
+
+        Raises:
+            PathcliError: see `ask`; an endpoint that does not answer several times in a row is
+                gone.
+        """
+        silent = 0
+        for reply, slow in self._each(
+            conversations, lambda messages: self._reply(messages, schema, settings)
+        ):
+            silent = silent + 1 if slow else 0
+            if silent >= max(_SILENT, 2 * self.workers):
+                msg = f"{reply.fault}; so were {silent} in a row; what was answered is kept"
+                raise ResourceError(msg)
+            yield reply
+
+    def knows(
+        self,
+        messages: Sequence[Message],
+        *,
+        schema: Mapping[str, Any] | None = None,
+        **settings: Any,  # noqa: ANN401 - JSON
+    ) -> bool:
+        """Return whether an answer is kept already, so that asking costs nothing."""
+        key = self._key(messages, _given(settings), schema)
+        return self.kept is not None and self.kept.get(key) is not None
 
     def first_tokens(self, messages: Sequence[Message]) -> dict[str, float] | None:
         """Return log-probabilities of the likeliest first tokens; None if the endpoint has none.
@@ -224,159 +195,137 @@ class Client:
         """
         wanted = {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP}
         try:
-            found = json.loads(self._kept(messages, _top, wanted))
+            found = json.loads(self._kept(messages, _top, wanted).text)
         except UsageError as error:
             log.info("no log-probabilities: %s", error)
             return None
         return {str(token): float(value) for token, value in found} or None
 
+    def _each(
+        self, conversations: Iterable[Sequence[Message]], ask: Callable[[Sequence[Message]], T]
+    ) -> Iterator[T]:
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="llm")
+        waiting: deque[Future[T]] = deque()
+        try:
+            for messages in conversations:
+                waiting.append(pool.submit(ask, messages))
+                if len(waiting) >= 3 * self.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _reply(
+        self,
+        messages: Sequence[Message],
+        schema: Mapping[str, Any] | None,
+        settings: dict[str, Any],
+    ) -> tuple[Reply, bool]:
+        """Return a reply, and whether none came in time."""
+        try:
+            return self._kept(messages, _text, settings, schema), False
+        except SlowError as error:
+            return Reply("", str(error)), True
+        except UsageError as error:
+            own = (why for why, pattern in _OWN.items() if pattern.search(str(error)))
+            if why := next(own, ""):
+                return Reply("", f"{why}: {error}"), False
+            raise
+
     # --- one request -------------------------------------------------------------------------
 
-    def _kept(self, messages: Sequence[Message], read: Any, settings: dict[str, Any]) -> str:  # noqa: ANN401
-        """Return what `read` takes out of the reply, from what is kept if it was asked before."""
-        given = {"temperature": 0, "max_tokens": 512, **settings}
-        given = {name: value for name, value in given.items() if value is not None}
+    def _key(
+        self, messages: Sequence[Message], given: dict[str, Any], schema: Mapping[str, Any] | None
+    ) -> str:
         short = json.dumps([message.to_json(short=True) for message in messages])
-        key = response_key(self.base, self.model, short, json.dumps(given, sort_keys=True))
+        told = given | ({"schema": schema} if schema else {})
+        return response_key(self.base, self.model, short, json.dumps(told, sort_keys=True))
+
+    def _kept(
+        self,
+        messages: Sequence[Message],
+        read: Callable[[dict[str, Any]], str],
+        settings: dict[str, Any],
+        schema: Mapping[str, Any] | None = None,
+    ) -> Reply:
+        """Return what `read` takes out of the reply, from what is kept if it was asked before."""
+        given = _given(settings)
+        key = self._key(messages, given, schema)
         if self.kept is not None and (text := self.kept.get(key)) is not None:
-            return text
+            return Reply(text, self.kept.fault(key))
         self.budget.begin()
-        said = [message.to_json() for message in messages]
-        found = self._complete({"model": self.model, "messages": said, **given})
+        found = self._complete(messages, given, schema)
         try:
-            text = str(read(found["choices"][0]))
-            tokens = (found.get("usage") or {}).get("total_tokens")
+            choice = found["choices"][0]
+            text = str(read(choice))
+            used = _used(found.get("usage") or {}, tokens_of(messages), len(text))
+            fault = _fault(choice, used.written)
         except (TypeError, KeyError, IndexError, AttributeError):
-            raise self._strange(found) from None
-        tokens = tokens or (len(short) + len(text)) // 4 + 1
-        self.budget.count(tokens)
+            raise self._wire.strange(found) from None
+        self.budget.count(*used)
+        self._wire.pace.settle(_most(messages, given) - sum(used))
         if self.kept is not None:
-            self.kept.put(key, text, model=self.model, tokens=tokens)
-        return text
+            facts = {"model": self.model, "tokens": sum(used)} | ({"fault": fault} if fault else {})
+            self.kept.put(key, text, **facts)
+        return Reply(text, fault)
 
-    def _complete(self, body: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
-        """Send a conversation; newer models call the limit of tokens by another name."""
-        limit = self._limit
-        given = {limit if name == "max_tokens" else name: value for name, value in body.items()}
+    def _complete(
+        self, messages: Sequence[Message], given: dict[str, Any], schema: Mapping[str, Any] | None
+    ) -> Any:  # noqa: ANN401 - JSON
+        """Send a conversation, in such words and with such switches as this endpoint takes."""
+        limit, switch = self._limit, schema is not None and self._schemas
+        body = {limit if name == "max_tokens" else name: value for name, value in given.items()}
+        if switch:
+            named = {"name": "reply", "schema": schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": named}
+        elif schema:
+            messages = in_words(messages, schema)
+        said = [message.to_json() for message in messages]
+        whole = {"model": self.model, "messages": said, **body}
         try:
-            return self._send("chat/completions", given)
+            return self._wire.send("chat/completions", whole, _most(messages, given))
         except UsageError as error:
-            if limit != "max_tokens" or "max_completion_tokens" not in str(error):
+            if limit == "max_tokens" and "max_completion_tokens" in str(error):
+                self._limit = "max_completion_tokens"
+            elif switch and _NO_SCHEMA.search(str(error)):
+                if self._schemas:  # of several at once, one says so
+                    log.warning("%s takes no JSON schema; it is told the form in words", self.base)
+                self._schemas = False
+            else:
                 raise
-        self._limit = "max_completion_tokens"
-        return self._complete(body)
-
-    def _send(self, path: str, body: dict[str, Any] | None) -> Any:  # noqa: ANN401 - JSON
-        """Return an endpoint's reply, trying again what it refuses for now."""
-        for attempt in range(1, self.attempts + 1):
-            try:
-                return self._once(path, body)
-            except _Later as later:
-                wait = later.wait_s or min(self.pause_s * 2 ** (attempt - 1), LONGEST_S)
-                if attempt == self.attempts or wait > LONGEST_S:
-                    when = f"it asks for {wait:.0f} s" if wait > LONGEST_S else f"{attempt} tries"
-                    msg = f"{self.base}: {later} ({when}); run the same command again later"
-                    raise ResourceError(msg) from later
-                log.info("%s: %s; again in %.1f s", self.base, later, wait)
-                time.sleep(wait)
-        raise AssertionError
-
-    def _once(self, path: str, body: dict[str, Any] | None) -> Any:  # noqa: ANN401 - JSON
-        headers = {"Content-Type": "application/json", "User-Agent": "pathcli"}
-        if known := key():
-            headers["Authorization"] = f"Bearer {known}"
-        data = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(f"{self.base}/{path}", data, headers)  # noqa: S310 - checked
-        try:
-            with self._opener.open(request, timeout=self.timeout_s) as reply:
-                raw = reply.read()
-        except HTTPError as error:
-            with error:
-                raise self._refusal(error, path) from None
-        except (URLError, OSError, http.client.HTTPException) as error:
-            raise self._unreached(error) from None
-        try:
-            return json.loads(raw)
-        except ValueError:
-            raise self._strange(raw.decode(errors="replace")) from None
-
-    # --- what went wrong ---------------------------------------------------------------------
-
-    def _refusal(self, error: HTTPError, path: str) -> Exception:
-        """Return the error of an HTTP status, with the endpoint's own words."""
-        said = _words(error)
-        if error.code in _LATER:
-            return _Later(f"{error.code} {said}", _wait_s(error.headers.get("Retry-After")))
-        if error.code in {401, 403}:
-            todo = f"set {' or '.join(KEYS)} to a key it knows"
-            return ResourceError(f"{self.base}: {error.code}, it lets nobody in ({said}); {todo}")
-        if error.code == 404:  # noqa: PLR2004 - HTTP's own
-            what, todo = "nothing there", "does the address end with /v1, as most do?"
-            if path != "models":
-                what = f"no model {self.model}"
-                with contextlib.suppress(DataError, ResourceError):
-                    todo = f"it serves: {', '.join(self.models())}"
-            return ResourceError(f"{self.base}: 404, {what} ({said}); {todo}")
-        return UsageError(f"{self.base}: {error.code}, it refuses what was asked ({said})")
-
-    def _unreached(self, error: Exception) -> Exception:
-        """Return the error of a connection: to be tried again, unless nobody is there."""
-        why = error.reason if isinstance(error, URLError) else error
-        if isinstance(why, TimeoutError):
-            return _Later(f"no answer within {self.timeout_s:g} s")
-        if isinstance(why, ConnectionRefusedError) or not isinstance(
-            why, ConnectionError | http.client.HTTPException
-        ):
-            msg = (
-                f"{self.base} cannot be reached ({why}); is the server running, the address right?"
-            )
-            return ResourceError(msg)
-        return _Later(f"the connection broke ({type(why).__name__})")
-
-    def _strange(self, found: Any) -> DataError:  # noqa: ANN401 - JSON
-        said = " ".join(str(found).split())[:120]
-        return DataError(
-            f"{self.base}: not the answer of an OpenAI-compatible endpoint ({said}); does its "
-            "address end with /v1?"
-        )
+        return self._complete(messages, given, schema)
 
 
-class _Later(Exception):  # noqa: N818 - no error until it lasts
-    """A refusal that may pass; `wait_s` is what the endpoint asks for."""
-
-    def __init__(self, why: str, wait_s: float | None = None) -> None:
-        super().__init__(why)
-        self.wait_s = wait_s
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a request's parameters: greedy and at most 512 tokens, if nothing else is said."""
+    given = {"temperature": 0, "max_tokens": 512, **settings}
+    return {name: value for name, value in given.items() if value is not None}
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: images and the key go to the address that was given."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
-        return None
+def _most(messages: Sequence[Message], given: dict[str, Any]) -> int:
+    """Return how many tokens a request may use, as endpoints count them against their limit."""
+    return tokens_of(messages) + int(given.get("max_tokens") or 0)
 
 
-def _words(error: HTTPError) -> str:
-    """Return an endpoint's own words on an error, in one line, without the key."""
-    said: Any = ""
-    with contextlib.suppress(OSError, http.client.HTTPException, ValueError, AttributeError):
-        said = error.read(10_000).decode(errors="replace")
-        said = json.loads(said)
-        said = said.get("error", said.get("detail", said.get("message", said)))
-        said = said.get("message", said)
-    line = " ".join(str(said).split())[:300] or str(error.reason)
-    return line.replace(known, "***") if (known := key()) else line
+def _used(usage: dict[str, Any], asked: int, said: int) -> Usage:
+    """Return tokens read and written: as an endpoint counts them, else one for four letters."""
+    written = usage.get("completion_tokens")
+    written = said // LETTERS + 1 if written is None else int(written)
+    read = usage.get("prompt_tokens")
+    if read is None:
+        total = usage.get("total_tokens")
+        read = asked if total is None else max(0, total - written)
+    return Usage(int(read), written)
 
 
-def _wait_s(said: str | None) -> float | None:
-    """Return the seconds of a Retry-After header: a number, or a date."""
-    if said is None:
-        return None
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(said))
-    with contextlib.suppress(ValueError):
-        return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time())
-    return None
+def _fault(choice: dict[str, Any], written: int) -> str:
+    """Return what is wrong with an answer that came."""
+    if said := choice["message"].get("refusal"):
+        return f"refused: {' '.join(str(said).split())[:120]}"
+    why = choice.get("finish_reason")
+    faults = {"length": f"{CUT} at {written} tokens", "content_filter": "content filter"}
+    return faults.get(str(why), "")
 
 
 def _text(choice: dict[str, Any]) -> str:

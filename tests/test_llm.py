@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 
+from pathcli.endpoints import Budget, Price
 from pathcli.errors import DataError, ResourceError, UsageError
-from pathcli.llm import Budget, Client, Message, Picture, _wait_s
+from pathcli.llm import Client, Message, Picture
+from pathcli.llm_http import wait_s
 from pathcli.store.responses import Responses
 
 PNG = Picture(b"\x89PNG\r\n\x1a\n and so on")
@@ -157,10 +159,10 @@ def test_tries_are_bounded_and_a_long_wait_is_not_waited(server: Server) -> None
 
 
 def test_waits_are_numbers_or_dates() -> None:
-    assert _wait_s("2.5") == 2.5
-    assert 25 < (_wait_s(formatdate(time.time() + 30, usegmt=True)) or 0) <= 31
-    assert _wait_s(formatdate(0, usegmt=True)) == 0
-    assert _wait_s("soon") is None is _wait_s(None)
+    assert wait_s("2.5") == 2.5
+    assert 25 < (wait_s(formatdate(time.time() + 30, usegmt=True)) or 0) <= 31
+    assert wait_s(formatdate(0, usegmt=True)) == 0
+    assert wait_s("soon") is None is wait_s(None)
 
 
 def test_an_endpoint_that_is_too_slow_is_asked_again(server: Server) -> None:
@@ -293,21 +295,42 @@ def test_a_spent_budget_says_so_and_what_was_answered_is_kept(
     kept = Responses(tmp_path / "responses.jsonl")
     talks = [ask(str(i)) for i in range(6)]
     some = client(server, kept=kept, budget=Budget(requests=4), workers=2)
-    with pytest.raises(ResourceError, match=r"4 requests is spent \(4 requests, (21|28) tokens\)"):
+    with pytest.raises(
+        ResourceError,
+        match=r"4 requests is spent \(4 requests, (18|24) tokens read, \d written\); .* kept",
+    ):
         list(some.ask_all(talks))
     assert len(kept.path.read_text().splitlines()) == 4
     rest = client(server, kept=kept, budget=Budget(tokens=14), workers=1)
     assert list(rest.ask_all(talks)) == [str(i) for i in range(6)]
-    assert (rest.budget.spent_requests, rest.budget.spent_tokens) == (2, 14)
+    assert (rest.budget.requests, rest.budget.tokens) == (2, 14)
     with pytest.raises(ResourceError, match="14 tokens is spent"):
         rest.ask(ask("new"))
+
+
+def test_money_is_counted_by_a_price_and_stops_at_the_budget(server: Server) -> None:
+    usage = {"prompt_tokens": 1_000_000, "completion_tokens": 500_000}
+    reply = {"choices": [{"message": {"content": "x"}}], "usage": usage}
+    server.answer = lambda _: (200, reply, {})
+    made = client(server, budget=Budget(usd=1.5, price=Price(0.5, 2)))
+    made.ask(ask("a"))
+    assert made.budget.usd == 1.5
+    with pytest.raises(
+        ResourceError, match=r"budget of 1.5 USD is spent \(1 requests, .*1.5000 USD"
+    ):
+        made.ask(ask("b"))
+    assert len(server.bodies) == 1
+    with pytest.raises(UsageError, match="needs a price"):
+        Budget(usd=1)
+    with pytest.raises(UsageError, match="two numbers from 0 up"):
+        Price(-1, 0)
 
 
 def test_an_endpoint_that_counts_no_tokens_is_counted_for(server: Server) -> None:
     server.answer = lambda _: (200, {"choices": [{"message": {"content": "x" * 400}}]}, {})
     made = client(server)
     made.ask(ask("y" * 400))
-    assert 200 <= made.budget.spent_tokens < 250
+    assert 200 <= made.budget.tokens < 250
 
 
 def test_a_newer_name_of_the_limit_is_learnt(server: Server) -> None:

@@ -22,37 +22,45 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
+Tokens = Annotated[
+    bool, typer.Option("--tokens", help="Keep one vector per image patch, not per tile.")
+]
+Precision = Annotated[
+    str, typer.Option("--precision", help="float32, bfloat16 or float16 arithmetic.")
+]
+Devices = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Where to compute; several get a process each.",
+        metavar="auto|cpu|cuda[:N],...|cuda:all|mps",
+    ),
+]
+Compiled = Annotated[
+    bool, typer.Option("--compile", help="Translate the network by torch.compile first.")
+]
+Batch = Annotated[int, typer.Option("--batch", help="Tiles per forward pass.", min=1)]
+Workers = Annotated[int, typer.Option("--workers", help="Threads that read.", min=1)]
+MaxBadTiles = Annotated[
+    float,
+    typer.Option(
+        "--max-bad-tiles", help="Share of unreadable tiles a slide may have.", min=0, max=1
+    ),
+]
+
 
 @app.command()
 def embed(
     slides: o.Slides,
     encoder: o.Encoder = "lite0",
     checkpoint: o.Checkpoint = None,
-    tokens: Annotated[
-        bool, typer.Option("--tokens", help="Keep one vector per image patch, not per tile.")
-    ] = False,
-    precision: Annotated[
-        str, typer.Option("--precision", help="float32, bfloat16 or float16 arithmetic.")
-    ] = "float32",
-    device: Annotated[
-        str,
-        typer.Option(
-            "--device",
-            help="Where to compute; several get a process each.",
-            metavar="auto|cpu|cuda[:N],...|cuda:all|mps",
-        ),
-    ] = "auto",
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Translate the network by torch.compile first.")
-    ] = False,
-    batch: Annotated[int, typer.Option("--batch", help="Tiles per forward pass.", min=1)] = 32,
-    workers: Annotated[int, typer.Option("--workers", help="Threads that read.", min=1)] = 2,
-    max_bad_tiles: Annotated[
-        float,
-        typer.Option(
-            "--max-bad-tiles", help="Share of unreadable tiles a slide may have.", min=0, max=1
-        ),
-    ] = 0.01,
+    tokens: Tokens = False,
+    precision: Precision = "float32",
+    device: Devices = "auto",
+    compiled: Compiled = False,
+    batch: Batch = 32,
+    workers: Workers = 2,
+    max_bad_tiles: MaxBadTiles = 0.01,
     size: o.Size = None,
     mpp: o.Mpp = None,
     step: o.Step = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from pathcli.endpoints import Price as TokenPrice
     from pathcli.store import Store
     from pathcli.types import TileSpec
 
@@ -108,9 +109,35 @@ MaxTokens = Annotated[
     typer.Option("--max-tokens", help="Most tokens of an answer [default: the model's].", min=1),
 ]
 
+Price = Annotated[
+    str | None,
+    typer.Option(
+        "--price", help="USD per million tokens read, and written.", metavar="READ,WRITTEN"
+    ),
+]
+
 SHIPPED = "clover-mini"
 OUT = Path("pathcli-out")
 RUNS = Path("runs")
+
+
+def price_of(text: str | None) -> TokenPrice | None:
+    """Return the price an option tells, None for none.
+
+    Raises:
+        UsageError: it is not two numbers from 0 up.
+    """
+    from pathcli.endpoints import Price  # noqa: PLC0415
+    from pathcli.errors import UsageError  # noqa: PLC0415
+
+    if text is None:
+        return None
+    try:
+        read, written = map(float, text.split(","))
+        return Price(read, written)
+    except (ValueError, UsageError):
+        msg = f"--price is two numbers in USD per million tokens, as 0.15,0.6, not {text!r}"
+        raise UsageError(msg) from None
 
 
 def open_store(root: Path | None, *, create: bool = True) -> Store:

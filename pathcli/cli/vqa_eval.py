@@ -74,12 +74,6 @@ Usd = Annotated[
         min=0,
     ),
 ]
-PriceOf = Annotated[
-    str | None,
-    typer.Option(
-        "--price", help="USD per million tokens read, and written.", metavar="READ,WRITTEN"
-    ),
-]
 Tokens = Annotated[
     str | None,
     typer.Option(
@@ -110,7 +104,7 @@ def vqa_eval(
     blind: Blind = False,
     judge: Judge = None,
     budget: Usd = None,
-    price: PriceOf = None,
+    price: o.Price = None,
     tokens: Tokens = None,
     device: o.Device = "auto",
     load: o.Load = "auto",
@@ -167,23 +161,16 @@ def _budget(usd: float | None, price: str | None, paid: Sequence[str]) -> Budget
     Raises:
         UsageError: there is none, a price that is not two numbers, or money without one.
     """
-    from pathcli.endpoints import Budget, Price  # noqa: PLC0415
+    from pathcli.endpoints import Budget  # noqa: PLC0415
     from pathcli.errors import UsageError  # noqa: PLC0415
 
     if (usd is not None or price) and not paid:
         msg = "--budget and --price are for endpoints; neither --model nor --judge is one"
         raise UsageError(msg)
-    if price is None:
-        if usd is not None:
-            msg = "--budget needs --price READ,WRITTEN, USD per million tokens, as --price 0.15,0.6"
-            raise UsageError(msg)
-        return Budget()
-    try:
-        read, written = map(float, price.split(","))
-        return Budget(usd=usd, price=Price(read, written))
-    except (ValueError, UsageError):
-        msg = f"--price is two numbers in USD per million tokens, as 0.15,0.6, not {price!r}"
-        raise UsageError(msg) from None
+    if price is None and usd is not None:
+        msg = "--budget needs --price READ,WRITTEN, USD per million tokens, as --price 0.15,0.6"
+        raise UsageError(msg)
+    return Budget(usd=usd, price=o.price_of(price))
 
 
 def _model(name: str, device: str, load: str, out: Path, budget: Budget) -> Responder:

@@ -29,7 +29,10 @@ def response_key(*parts: str) -> str:
 
 
 class Responses:
-    """A JSONL file of answers, each `{key, text, ...facts}`; of two of one key the last counts."""
+    """A JSONL file of answers, each `{key, text, ...facts}`; of two of one key the last counts.
+
+    The fact `fault` is what was wrong with an answer: cut off, say.
+    """
 
     def __init__(self, path: Path) -> None:
         """Read what `path` holds; the file and its folder are made when first written.
@@ -39,12 +42,19 @@ class Responses:
         """
         self.path = path
         self._turn = threading.Lock()
+        self._texts: dict[str, str] = {}
+        self._faults: dict[str, str] = {}
         with disk_errors(path, "--out"):
-            self._texts = _read(path) if path.exists() else {}
+            if path.exists():
+                self._read()
 
     def get(self, key: str) -> str | None:
         """Return the answer kept under `key`, None if there is none."""
         return self._texts.get(key)
+
+    def fault(self, key: str) -> str:
+        """Return what was wrong with the answer kept under `key`, "" for nothing."""
+        return self._faults.get(key, "")
 
     def put(self, key: str, text: str, **facts: Any) -> None:  # noqa: ANN401 - any JSON value
         """Append an answer, and whatever else should stand in its line, at once.
@@ -56,22 +66,26 @@ class Responses:
         with self._turn, disk_errors(self.path, "--out"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _append(self.path, line)
-            self._texts[key] = text
+            self._know(key, text, facts)
 
+    def _know(self, key: str, text: str, facts: dict[str, Any]) -> None:
+        self._texts[key] = text
+        if fault := facts.get("fault"):
+            self._faults[key] = str(fault)
+        else:
+            self._faults.pop(key, None)
 
-def _read(path: Path) -> dict[str, str]:
-    texts: dict[str, str] = {}
-    torn = 0
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                kept = json.loads(line)
-                texts[kept["key"]] = kept["text"]
-            except (ValueError, TypeError, KeyError):
-                torn += bool(line.strip())
-    if torn:
-        log.warning("%s: %d lines are no kept answers and are passed over", path, torn)
-    return texts
+    def _read(self) -> None:
+        torn = 0
+        with self.path.open("rb") as file:
+            for line in file:
+                try:
+                    kept = json.loads(line)
+                    self._know(kept["key"], kept["text"], kept)
+                except (ValueError, TypeError, KeyError):
+                    torn += bool(line.strip())
+        if torn:
+            log.warning("%s: %d lines are no kept answers and are passed over", self.path, torn)
 
 
 def _append(path: Path, line: bytes) -> None:

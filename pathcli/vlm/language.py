@@ -33,9 +33,10 @@ from pathcli.vlm.language_files import (
     unreadable,
     version_of,
 )
+from pathcli.vlm.memory import full, is_full
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
 __all__ = ["SHAPES", "HFLanguage", "Lora", "Shape", "shape_of"]
@@ -195,6 +196,9 @@ class HFLanguage(nn.Module):
                     self.folder, local_files_only=True, output_loading_info=True, **options
                 )
         except Exception as error:  # readers of weights raise whatever the bytes provoke
+            if is_full(error):
+                where = "cuda" if isinstance(error, torch.OutOfMemoryError) else "cpu"
+                raise full(str(self.folder), where) from error
             raise unreadable(self.folder, "weights cannot be read", error) from error
         if wrong := [*sorted(told["missing_keys"]), *told["mismatched_keys"]]:
             msg = f"{self.folder}: {len(wrong)} tensors do not fit config.json ({wrong[0]})"
@@ -282,16 +286,20 @@ class HFLanguage(nn.Module):
         min_new_tokens: int = 0,
         length_penalty: float = 1.0,
         stop: Sequence[int] = (),
+        draw: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> list[list[int]]:
         """Return each prompt's likeliest next token ids, up to an end, which is left out.
 
         The model's own end tokens and `stop` end an answer. Prompts may be padded on either
         side. With beams the sum of log-probabilities is divided by length ** length_penalty.
+        `draw` changes the logits [b, vocabulary] behind tokens [b, t] before one is chosen.
         """
         if not self.seq2seq:
             embeds, mask = _right_aligned(embeds, mask)
         ends = sorted({*self._ends, *stop})
-        search = {"num_beams": beams, "length_penalty": length_penalty} if beams > 1 else {}
+        search: dict[str, Any] = {"logits_processor": [draw]} if draw else {}
+        if beams > 1:
+            search |= {"num_beams": beams, "length_penalty": length_penalty}
         found = self.network.generate(
             **self._inputs(embeds, mask),
             max_new_tokens=max_new_tokens,
