@@ -337,6 +337,15 @@ def test_a_tile_never_written_is_what_openslide_makes_of_it(tmp_path: Path, aper
         assert (a == b).all()
 
 
+def test_a_list_of_tiles_that_is_cut_short_is_left_to_the_slide_below(slide_path: Path) -> None:
+    with tifffile.TiffFile(slide_path, mode="r+b") as file:
+        counts = file.pages[0].tags["TileByteCounts"]
+        counts.overwrite(counts.value[:-3])
+    slide = open_slide(slide_path)
+    assert slide.why == "openslide: its list of tiles is cut short"
+    assert slide.read((1300, 1000), 0, (200, 100)).shape == (100, 200, 3)
+
+
 def test_a_slide_without_a_file_says_so_and_a_closed_one_gives_nothing(slide_path: Path) -> None:
     slide = open_slide(slide_path)
     slide.close()

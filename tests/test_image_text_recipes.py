@@ -149,7 +149,7 @@ def fitted(name: str, folder: Path, towers: Path, slide: Path) -> Recipe:
         data = table(folder)
     else:
         data = pathgen(folder, slide) if layout == "pathgen" else pathgen_init(folder)
-        if layout == "pathgen-init":
+        if known.values["model"]["init"] == "???":
             given["model.init"] = str(
                 towers / f"{known.values['model']['architecture']}.safetensors"
             )
@@ -165,7 +165,7 @@ def quiet(done: int, total: int) -> None:
 
 def test_the_recipes_are_there() -> None:
     expected = {f"{name}-stage{stage}" for name in PATHGEN for stage in (1, 2)}
-    assert expected | {"mini-clip", "pallava-plip"} <= set(SHIPPED)
+    assert expected | {"mini-clip", "pallava-plip", "pathgen-clip-l-init"} <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -181,6 +181,13 @@ def test_check_says_exactly_what_a_recipe_still_needs(name: str, run: Run) -> No
         assert f": give --set {path}=..." in out + err
     if known.values["model"]["kind"] == "open-clip":
         assert (out + err).count(")") >= len(found.asked) >= 2  # each with what it is
+
+
+def test_the_retriever_is_trained_as_the_model_it_helps_to_make() -> None:
+    first, own = (load_recipe(f"pathgen-clip-l-{n}").values for n in ("stage2", "init"))
+    assert own["data"] == first["data"]
+    assert own["train"] == first["train"]
+    assert own["model"] == load_recipe("pathgen-clip-l-stage1").values["model"]
 
 
 @pytest.mark.parametrize("name", PATHGEN)

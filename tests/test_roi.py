@@ -78,7 +78,7 @@ def test_every_format_gives_one_region_with_its_hole_and_one_digest(tmp_path: Pa
 
 
 def test_classes_do_not_matter_but_exclusions_do_and_points_do_not_count(tmp_path: Path) -> None:
-    named = {"classification": {"name": "Tissue"}}
+    named = {"classification": {"names": ["Tissue", "Negative"]}}  # no NegativeROA of Aperio's
     ignored = {"classification": {"name": "Ignore*"}}
     path = geojson(
         tmp_path / "a.geojson",
@@ -132,6 +132,8 @@ def test_tiles_lie_in_tissue_and_mostly_in_the_region(slide_path: Path, store: S
     again = tile(slide_path, spec=spec, store=store, roi=path)
     assert again.cached
     assert summary(again)["roi"] == run.tiles.spec.roi == read_roi(path, WHOLE, SIZE).digest
+    with pytest.raises(UsageError, match="region of interest; give it too"):
+        tile(slide_path, spec=run.tiles.spec, store=Store(slide_path.parent / "other"))
 
 
 def test_a_region_on_glass_gives_no_tile_and_says_why(slide_path: Path, store: Store) -> None:

@@ -60,7 +60,10 @@ def test_the_wheel_carries_all_it_needs_and_nothing_else_of_the_checkout(tmp_pat
     wheel = next(tmp_path.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    folders = ("benchmarks", "chat", "classes", "clover-mini", "mini-clip", "questions", "vqa")
+    folders = (
+        *("benchmarks", "chat", "classes", "clover-mini", "curation", "mini-clip"),
+        *("questions", "vqa"),
+    )
     kinds = ("pathcli/**/*.py", "recipes/*.yaml", *(f"assets/{name}/*" for name in folders))
     mine = {str(p.relative_to(ROOT)) for kind in kinds for p in ROOT.glob(kind)}
     assert {n if n.startswith("pathcli/") else f"pathcli/{n}" for n in mine} <= set(names)

@@ -86,6 +86,7 @@ def test_presets_differ_and_plain_hsv_keeps_its_digest() -> None:
     names = ("otsu", "hsv", "hsv:bwh_biopsy", "hsv:bwh_resection", "hsv:tcga", "auto", "none")
     assert len({tile_spec(tissue=name).digest for name in names}) == len(names)
     assert tile_spec(tissue="hsv").digest == "d9b1a16254f7"
+    assert tile_spec(close_um=24).digest == tile_spec(close_um=24.0).digest == tile_spec().digest
 
 
 def test_an_island_counts_without_its_holes_and_keeps_the_largest() -> None:

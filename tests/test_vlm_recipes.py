@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_tables
 import tiny_vlm
 import torch
 from conftest import Run as Call
 from huggingface_hub import constants
-from PIL import Image
 from safetensors.torch import load_file
 from test_image_text_recipes import TASKS as IMAGE_TEXT_TASKS
+from tiny_tables import N
 from tiny_vlm import WIDTH, WORDS
 
 from pathcli.errors import DataError, UsageError
@@ -35,9 +34,10 @@ BEFORE = {
     "clover-stage2-flant5": "clover-stage1",
     "pallava-stage2": "pallava-stage1",
     "pathgen-llava-stage2": "pathgen-llava-stage1",
+    "pathgen-describe-stage2": "pathgen-describe-stage1",
+    "pathgen-revise": "pathgen-describe-stage2",
     "clover-mini-stage2": "clover-mini-stage1",
 }
-N = 5  # one of which is validated on: two steps of two
 
 QFORMER = {"width": WIDTH, "layers": 2, "heads": 2, "hidden": 48}
 SIZES: dict[str, dict[str, Any]] = {
@@ -45,57 +45,20 @@ SIZES: dict[str, dict[str, Any]] = {
     "clover-mini": QFORMER,
     "pallava": {"layers": 1, "heads": 2, "hidden": 32},
     "pathgen-llava": {},
+    "pathgen-describe": {},
+    "pathgen-revise": {},
+    "pathgen-summarise": {},
 }
 """Keys of `connector`, by a recipe's name without its stage."""
-
-SAID = [f"tissue of {i}, " + "much red tissue beside a blue one " * 3 for i in range(N)]
 
 
 # --- data of every layout ----------------------------------------------------------------
 
 
-def talk(i: int) -> dict[str, Any]:
-    asked = {"from": "human", "value": f"<image>\nIs tissue {i} red?"}
-    return {"conversations": [asked, {"from": "gpt", "value": "Yes." if i % 2 else "No."}]}
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, _painted: Path) -> Path:
     """A folder with pictures, two slides, and a table of each layout the recipes are made for."""
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for i in range(N):
-        pixels = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    slides = [f"TCGA-AA-000{k}-01Z-00-DX1" for k in (1, 2)]
-    for name in slides:
-        shutil.copy(_painted, folder / f"{name}.svs")
-    rows = {"image": [f"{i}.png" for i in range(N)], "caption": SAID}
-    tables = {
-        "quilt.csv": rows | {"pathology": ["Renal"] * N},
-        "pairs.csv": rows,
-        "captions.csv": rows | {"group": [f"g{i}" for i in range(N)]},
-    }
-    for name, table in tables.items():
-        head = ",".join(table).replace("image", "image_path" if name == "quilt.csv" else "image")
-        lines = [",".join(f'"{cell}"' for cell in row) for row in zip(*table.values(), strict=True)]
-        (folder / name).write_text("\n".join([head, *lines]))
-    records = {
-        "questions.json": [
-            {"question": f"What is tissue {i}?", "answer": SAID[i], "path": f"{i}.png"}
-            for i in range(N)
-        ],
-        "pcaption.json": [{"image": f"{i}.png", "caption": SAID[i]} for i in range(N)],
-        "talks.json": [{"image": f"{i}.png"} | talk(i) for i in range(N)],
-        "pathgen.json": [
-            {"wsi_id": slides[i == 0], "position": [f"{32 * i}", "64"], "type": "CLOSE"} | talk(i)
-            for i in range(N)
-        ],
-    }
-    for name, made in records.items():
-        (folder / name).write_text(json.dumps(made))
-    lines = [json.dumps(record) for record in records["talks.json"]]
-    (folder / "vqa.jsonl").write_text("\n".join(lines))
-    return folder
+    return tiny_tables.fill(tmp_path_factory.mktemp("data"), _painted)
 
 
 TABLES = {
@@ -106,6 +69,10 @@ TABLES = {
     "pallava-stage2": "vqa.jsonl",
     "pathgen-llava-stage1": "pairs.csv",
     "pathgen-llava-stage2": "pathgen.json",
+    "pathgen-describe-stage1": "pairs.csv",
+    "pathgen-describe-stage2": "pcaption.json",
+    "pathgen-revise": "corrupted.json",
+    "pathgen-summarise": "summaries.jsonl",
     "clover-mini-stage1": "captions.csv",
     "clover-mini-stage2": "talks.json",
 }
@@ -124,6 +91,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (bert,) = tiny_vlm.repository(cache, "bert-base-uncased").glob("snapshots/*")
     tiny_vlm.plip(folder / "plip.safetensors", bert)
     with pytest.MonkeyPatch.context() as patch:
+        tiny_vlm.clip_l(folder / "clip-l.safetensors", patch)
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         yield folder
 
@@ -151,6 +119,8 @@ class Stages:
             given["data.images"] = str(self.data)
         if family == "pallava":
             given["encoder.checkpoint"] = str(models / "plip.safetensors")
+        if known.values.get("encoder", {}).get("kind") == "pathgen-clip-l":
+            given["encoder.checkpoint"] = str(models / "clip-l.safetensors")
         if name == "clover-stage1":
             given["connector.init"] = str(models / "blip2_pretrained.pth")
         if name == "clover-mini-stage2":

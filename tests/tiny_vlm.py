@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
@@ -98,6 +99,23 @@ def clip(folder: Path) -> None:
     ).save_pretrained(folder)
     how = {"crop_size": SIDE, "size": {"shortest_edge": SIDE}, "resample": 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(how))
+
+
+def clip_l(file: Path, patch: pytest.MonkeyPatch) -> None:
+    """Write a PathGen-CLIP-L of two blocks and 4 patches, and let its architecture be so small."""
+    guard_torchvision()
+    from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg, factory
+
+    from pathcli.encoders import clip as ours
+
+    vision = {"image_size": SIDE, "patch_size": SIDE // 2, "layers": 2, "width": 64}
+    text = {"context_length": 77, "width": 32, "heads": 2, "layers": 1}
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    patch.setitem(factory._MODEL_CONFIGS, "ViT-L-14-336", config)
+    patch.setattr(ours, "architectures", lambda: {"ViT-L-14-336": config})
+    set_seed(0)
+    network = CLIP(32, CLIPVisionCfg(**vision), CLIPTextCfg(**text), quick_gelu=True)
+    save_file(network.state_dict(), file)
 
 
 def bert(folder: Path) -> Path:

@@ -7,12 +7,15 @@ PA-LLaVA's second stage is a list of its tables:
       kind: instructions
       source: [pathvqa/qas/train_vqa.pkl, pmc-vqa/train.csv]
       images: [pathvqa/images, pmc-vqa/images]
+
+The kind `texts` is the same without images.
 """
 
 from __future__ import annotations
 
 import glob
 from collections.abc import Mapping, Sequence  # noqa: TC003 - recipes read annotations
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,12 +84,47 @@ class InstructionData(SampleData):
         """See `SampleData.read`."""
         for given, images in self.sources:
             for path in _files(given):
-                source = Source(path, images, self.keep, bare=True)
+                source = self.source(path, images)
                 yield source, samples(source, self.format, TALKS)
+
+    def source(self, path: Path, images: Path | None) -> Source:
+        """Return how a file is read."""
+        return Source(path, images, self.keep, bare=True)
 
     def pictures(self, pairs: Sequence[Sample]) -> AllPictures:
         """Return what reads the images of `pairs`, with this data's limits."""
         return AllPictures(pairs, self.max_broken, self.max_pixels)
+
+
+class TextData(InstructionData):
+    """Questions and conversations without images: `data: {kind: texts, source: ...}`.
+
+    Of a table that names images, what is said alone is learnt.
+    """
+
+    noun = "text"
+
+    def __init__(
+        self,
+        *,
+        source: Path | list[Path],
+        format: TalkFormat = "auto",  # noqa: A002 - the recipe's word
+        val: float = 0.01,
+        keep: Mapping[str, Sequence[str]] | None = None,
+        max_broken: float = 0.01,
+        limit: int | None = None,
+    ) -> None:
+        """Keep the settings; see `InstructionData`. `max_broken` is of what cannot be told.
+
+        Raises:
+            UsageError: a number out of its range.
+        """
+        given = {"format": format, "val": val, "keep": keep}
+        super().__init__(source=source, max_broken=max_broken, limit=limit, **given)  # type: ignore[arg-type]  # of several types
+
+    def source(self, path: Path, images: Path | None) -> Source:
+        """See `InstructionData.source`."""
+        return replace(super().source(path, images), words=True)
 
 
 class AllPictures(Pictures):

@@ -165,15 +165,15 @@ class Searcher:
             msg = f"{path}: no tile to compare; pathcli tile {path} shows why"
             raise DataError(msg)
         features = self.embedder.store.features.mapped(run.key)
-        cosines = _cosines(features, self._weights)
+        found = cosines(features, self._weights)
         good = features.status == TileStatus.OK
         strange = unfamiliar(self.embedder.encoder, features.values[good])
         if strange is not None:
             every = np.zeros(len(good), bool)
             every[good] = strange
             strange = every
-        less = cosines[:, 1] if self.negatives else np.float32(0)
-        return Compared(run, cosines[:, 0], cosines[:, 0] - less, strange)
+        less = found[:, 1] if self.negatives else np.float32(0)
+        return Compared(run, found[:, 0], found[:, 0] - less, strange)
 
     def rank(self, slides: Sequence[Compared]) -> Found:
         """Rank the tiles of all slides together; equal ones by slide and place.
@@ -285,7 +285,7 @@ def unit(values: NDArray[Any]) -> Floats:
     return found
 
 
-def _cosines(features: Features, weights: Floats) -> Floats:
+def cosines(features: Features, weights: Floats) -> Floats:
     """Return float32 [n, c] with unit `weights` [c, d]; NaN for unreadable tiles."""
     n = len(features.values)
     found = np.full((n, len(weights)), np.nan, np.float32)

@@ -22,6 +22,7 @@ from pathcli.settings import TrainSettings, order
 from pathcli.trainer import Work
 from pathcli.types import digest
 from pathcli.vlm.batches import Examples, StandIns
+from pathcli.vlm.blind import NoConnector, NoEncoder
 from pathcli.vlm.chat import Chat  # noqa: TC001 - builds the section `chat`
 from pathcli.vlm.model import VisionLanguage
 from pathcli.vlm.responders import Decoding
@@ -55,8 +56,8 @@ class GenerateTask:
     def __init__(
         self,
         *,
-        encoder: Encoder,
-        connector: Callable[..., Any],
+        encoder: Encoder = NoEncoder(),  # noqa: B008 - has no state
+        connector: Callable[..., Any] = NoConnector,
         language: Any,  # noqa: ANN401 - an HFLanguage, which imports transformers
         data: CorpusData,
         chat: Chat,
@@ -68,11 +69,17 @@ class GenerateTask:
     ) -> None:
         """Keep the parts; nothing is read before `prepare`. `decoding` is of its answers later.
 
+        Where there are no images (data of kind `texts`), encoder and connector are left out.
+
         Raises:
-            UsageError: an encoder without tokens, a choice by what is not measured, batches in
-                pieces, two half precisions, or a cache beside images that change.
+            UsageError: one of both without the other, an encoder without tokens, a choice by what
+                is not measured, batches in pieces, two half precisions, or a cache beside images
+                that change.
         """
         refuse_pooled(encoder)
+        if isinstance(encoder, NoEncoder) != (connector is NoConnector):
+            msg = "encoder and connector go together: give both, or none where there are no images"
+            raise UsageError(msg)
         if train.choose not in {None, "exact_match"}:
             msg = f"train.choose: exact_match or null, not {train.choose!r}"
             raise UsageError(msg)
@@ -106,7 +113,7 @@ class GenerateTask:
         Raises:
             DataError: a table is wrong, or nothing is left of it.
             ResourceError: weights, files or space are missing.
-            UsageError: the former stage had another encoder.
+            UsageError: the former stage had another encoder, or there are images and no encoder.
         """
         corpus = self._read()
         self.start.refuse_another(self.encoder)
@@ -121,6 +128,10 @@ class GenerateTask:
         if not len(corpus.train):
             msg = "there is no sample to train on"
             raise DataError(msg)
+        if bool(corpus.train[0].images) == isinstance(self.encoder, NoEncoder):
+            has, todo = ("images", "give") if corpus.train[0].images else ("no images", "leave out")
+            msg = f"the samples have {has}: {todo} encoder and connector"
+            raise UsageError(msg)
         return corpus
 
     def begin(self, seed: int) -> Work:

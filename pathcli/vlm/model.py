@@ -4,7 +4,7 @@ The encoder is frozen and no part of the module; what of the connector and of th
 model requires a gradient is trained. A batch is a dictionary:
 
 `views` uint8 [v, s, s, 3], or `tokens` [v, t, d] from the store: every view of m images;
-`of` int64 [v]: the image, 0..m-1 and ascending, a view is of;
+`of` int64 [v]: the image, 0..m-1 and ascending, a view is of; neither where there are none;
 `ids` int64 and `mask`, `image` bool [b, t]: words, which of them are there, and where the
 visual embeddings stand, in the order of the images;
 `labels` int64: what is learnt, -100 for nothing. Beside `ids` [b, t], or, for a language model
@@ -46,6 +46,8 @@ class VisionLanguage(nn.Module):
     def embeds(self, batch: Mapping[str, Any]) -> Tensor:
         """Return what the language model reads [b, t, width]: words, and images among them."""
         words: Tensor = self.language.embed(batch["ids"])
+        if "of" not in batch:
+            return words
         places = batch["image"][..., None].expand_as(words)
         return words.masked_scatter(places, self.visual(batch).to(words.dtype))
 

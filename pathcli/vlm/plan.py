@@ -134,6 +134,8 @@ class _Draft:
 
     def _tower(self) -> Tower | None:
         kind = self.recipe.values.get("encoder", {}).get("kind")
+        if kind is None and self.recipe.task == "generate":
+            return Tower(0, 0, 0, 0, 0)  # words alone
         if kind in TOWERS:
             return TOWERS[kind]
         shape = getattr(getattr(self.task, "encoder", None), "row_shape", None)
@@ -173,7 +175,8 @@ class _Draft:
         views = len(connector.views(np.zeros((896, 896, 3), np.uint8), 224))
         self.lengths = lengths = lengths_of(self.task, visual, given=self.given)
         self.notes += lengths.notes
-        self._add_encoder(tower, views)
+        if "encoder" in self.recipe.values:
+            self._add_encoder(tower, views)
         self._add_connector(connector, tower, views, seq=visual if shape else None)
         if shape is not None:
             self._add_language(language, shape, lengths)

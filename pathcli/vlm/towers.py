@@ -55,7 +55,7 @@ class Seeing(Protocol):
         ...
 
     def batch(self, shown: Sequence[Shown]) -> dict[str, torch.Tensor]:
-        """Return all images of a batch: `views` or `tokens`, and `of`; see `model`."""
+        """Return all images of a batch: `views` or `tokens`, and `of`; {} without; see `model`."""
         ...
 
 
@@ -102,8 +102,10 @@ class Views:
         return np.stack(self.connector.views(image, self.side))
 
     def batch(self, shown: Sequence[Shown]) -> dict[str, torch.Tensor]:
-        """Return all images of a batch: `views` uint8 [v, s, s, 3] or `tokens`, and `of` [v]."""
+        """Return a batch's images: `views` uint8 [v, s, s, 3] or `tokens`, `of` [v]; or nothing."""
         images = [image for each in shown for image in each.images]
+        if not images:
+            return {}
         of = np.repeat(np.arange(len(images)), [len(image) for image in images])
         name = "views" if self.cache is None else "tokens"
         return {name: torch.from_numpy(np.concatenate(images)), "of": torch.from_numpy(of)}

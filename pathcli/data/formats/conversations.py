@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from pathcli.data.formats import published, shards
 from pathcli.data.formats.source import patient, plain
-from pathcli.data.formats.tables import GROUP, IMAGE, pick, read_rows
+from pathcli.data.formats.tables import GROUP, IMAGE, LABEL, pick, read_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,8 +48,10 @@ def llava(source: Source) -> Iterator[Sample]:
     """Yield LLaVA's records; those without image or without a whole conversation are counted."""
     for row in source.wanted(read_rows(source.path)):
         image = pick(row, (*IMAGE, "images"))
-        talks = conversation(row, len(image) if isinstance(image, list) else 1)
-        yield from source.talks(image, talks, UNSAID, group=group_of(row, image))
+        shown = 0 if source.words else len(image) if isinstance(image, list) else 1
+        talks = conversation(row, shown)
+        known = {"label": pick(row, LABEL), "group": group_of(row, image)}
+        yield from source.talks(image, talks, UNSAID, **known)
 
 
 def pathgen_instruct(source: Source) -> Iterator[Sample]:

@@ -38,7 +38,7 @@ def _caption(row: Row) -> list[Talk]:
 def pathgen(
     source: Source, said: Callable[[Row], list[Talk]] = _caption, what: str = "caption"
 ) -> Iterator[Sample]:
-    """Yield PathGen's records {wsi_id, position, caption, file_id?} as regions of slides.
+    """Yield PathGen's records {wsi_id, position, caption, file_id?, side?} as regions of slides.
 
     `said` finds what is said in a record, by default its caption, and `what` calls it.
 
@@ -67,7 +67,7 @@ def pathgen(
         elif not talks:
             source.drop(f"no {what}", name)
         else:
-            region = Region(path, xy, PATHGEN_PX)
+            region = Region(path, xy, _side(row.get("side")))
             for turns, answer in talks:
                 yield Sample(name, (region,), answer, turns, group=patient(wsi))
     if missing:
@@ -86,6 +86,11 @@ def _position(value: Any) -> tuple[int, int] | None:  # noqa: ANN401 - any JSON
     except (TypeError, ValueError):
         return None
     return (x, y) if x >= 0 and y >= 0 else None
+
+
+def _side(value: Any) -> int:  # noqa: ANN401 - any JSON
+    """Return a region's side in level-0 px where our own records say one, else PathGen's."""
+    return value if isinstance(value, int) and value > 0 else PATHGEN_PX
 
 
 class Slides:

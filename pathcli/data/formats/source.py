@@ -39,7 +39,8 @@ class Source:
 
     `images` is the folder of images or slides (default: beside the table); `keep` maps columns
     to the values wanted, "*" for any that is not empty; `deep` looks for an image in all
-    folders below `images` by its name alone; `bare` lets names lack the file's ending.
+    folders below `images` by its name alone; `bare` lets names lack the file's ending; `words`
+    takes what is said alone, and leaves images that rows name where they are.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Source:
     keep: Mapping[str, Sequence[str]] = field(default_factory=dict)
     deep: bool = False
     bare: bool = False
+    words: bool = False
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -104,9 +106,10 @@ class Source:
 
         `name` stands for the image where its place does not name it.
         """
-        names = [name for name in (image if isinstance(image, list) else [image]) if name]
+        given = [] if self.words else image if isinstance(image, list) else [image]
+        names = [name for name in given if name]
         shown = str(getattr(names[0], "name", names[0])) if names else f"row {self.rows}"
-        if not names:
+        if not names and not self.words:
             self.drop("no image is named", shown)
             return
         if not talks:
@@ -117,6 +120,7 @@ class Source:
             self.drop("no such image file", shown)
             return
         same = name or ", ".join(_name(ref, name) for ref, name in zip(refs, names, strict=True))
+        same = same or shown
         for turns, answer in talks:
             yield Sample(same, refs, answer, turns, plain(label), patient(plain(group)))
 

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from pathcli.data.formats.conversations import NO_ANSWER, group_of, question
 from pathcli.data.formats.source import plain
-from pathcli.data.formats.tables import IMAGE, pick, read_rows
+from pathcli.data.formats.tables import IMAGE, LABEL, pick, read_rows
 from pathcli.data.images import open_parquet
 from pathcli.errors import DataError, ResourceError
 from pathcli.types import Member
@@ -106,15 +106,17 @@ def _asked(
     """Yield the samples of rows, whose `question` and `answer` are found by `told`."""
     for row in source.wanted(rows):
         if source.rows == 1:
-            _check(source.path, row, needed)
+            _check(source.path, row, needed, words=source.words)
         image = pick(row, ("figure_path", "img_id", *IMAGE))
-        group, name = group_of(row, image), row.get(_CONTENT, "")
-        yield from source.talks(image, question(told(row)), why, group=group, name=name)
+        label = pick(row, LABEL)
+        known = {"label": label if isinstance(label, str) else None, "group": group_of(row, image)}
+        talks, name = question(told(row)), row.get(_CONTENT, "")
+        yield from source.talks(image, talks, why, name=name, **known)
 
 
-def _check(path: Path, row: Row, needed: set[str]) -> None:
+def _check(path: Path, row: Row, needed: set[str], *, words: bool) -> None:
     lacks = sorted(needed - row.keys())
-    if not {*IMAGE, "figure_path", "img_id"} & row.keys():
+    if not words and not {*IMAGE, "figure_path", "img_id"} & row.keys():
         lacks.append(f"image ({', '.join(IMAGE)})")
     if lacks:
         msg = f"{path}: no {', no '.join(lacks)}: the first record has {', '.join(row)}"
