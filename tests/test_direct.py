@@ -189,17 +189,18 @@ def test_grey_and_deep_tiles_are_left_to_the_slide_below(tmp_path: Path) -> None
         open_slide(path, "direct")
 
 
+@pytest.mark.parametrize("different", [1, 99])
 def test_a_level_that_looks_different_is_not_trusted(
-    slide_path: Path, monkeypatch: pytest.MonkeyPatch
+    slide_path: Path, monkeypatch: pytest.MonkeyPatch, different: int
 ) -> None:
-    real = direct._jpeg
+    real, seen = direct._jpeg, iter(range(99))
 
     def swapped(page: object) -> Callable[[bytes, int, np.ndarray], tuple[int, ...]]:
         decode = real(page)
 
         def swap(data: bytes, index: int, out: np.ndarray) -> tuple[int, ...]:
             shape = decode(data, index, out)
-            out[:] = out[..., ::-1].copy()
+            out[:] = out[..., :: -1 if next(seen) < different else 1].copy()
             return shape
 
         return swap
@@ -255,6 +256,7 @@ def test_the_cache_holds_no_more_than_it_may() -> None:
     assert made == list(range(50))
     assert len(places) == 3  # their memory is used again
     get(0)  # the least used went: made again
+    get(47)  # the last used is held
     assert made[-1] == 0
     get(7, side=40)
     assert cache.held == 4800  # one tile is held, however large

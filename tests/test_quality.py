@@ -69,9 +69,12 @@ def test_small_blocks_give_the_same_flags(scan: Path, monkeypatch: pytest.Monkey
     assert flagged(scan, ("blur",)) == whole
 
 
-def test_blur_is_read_at_one_um_from_a_level_that_has_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "read"), [(4, 2), (1, 0)])  # at 1 um, at 0.25
+def test_blur_is_read_at_one_um_from_a_level_that_has_it(
+    tmp_path: Path, count: int, read: int
+) -> None:
     fine = cv2.resize(picture(), None, fx=4, fy=4, interpolation=cv2.INTER_LANCZOS4)
-    path = synthetic.slide(tmp_path / "fine.svs", fine, mpp=0.25, levels=4)
+    path = synthetic.slide(tmp_path / "fine.svs", fine, mpp=0.25, levels=count)
     slide = open_slide(path)
     levels = []
     real = slide.read
@@ -81,7 +84,7 @@ def test_blur_is_read_at_one_um_from_a_level_that_has_it(tmp_path: Path) -> None
     tissue = find_tissue(slide, tile_spec(), 0.25)
     levels.clear()
     blurred = flag_tiles(slide, spec, 0.25, tissue, xy)["blur"]
-    assert set(levels) == {2}
+    assert set(levels) == {read}
     assert set(xy[blurred, 0] // (4 * SIDE)) == {1}
     assert blurred.sum() == 6
 

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pathcli")
 
-_EXCLUDED = {"_2", "exclusion", "normal", "ignore*", "negative"}  # healthy islands inside a lesion
+NEGATIVE = "NegativeROA"  # Aperio's; upper case, so that no file's class "Negative" is it
+_EXCLUDED = {"_2", "exclusion", "normal", "ignore*", NEGATIVE}  # healthy islands inside a lesion
 _NO_LESION = {"tissue", "region*"}  # outlines of something else
 _AREAS = {"polygon", "spline", "rectangle", "0", "1"}  # kinds that enclose something
 _ELLIPSES = {"ellipse", "2"}  # Aperio's, given by points on their bounding box
-NEGATIVE = "negative"  # the class of Aperio's regions with NegativeROA
 _CORNERS = 3
 _SPECK = 0.01  # share of a ring's largest lobe under which another is no lesion of its own
 

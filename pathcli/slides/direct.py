@@ -200,6 +200,8 @@ class DirectReader:
             differ = cv2.absdiff(seen, mine[:h, :w])
             if (differ.max() if exact else differ.mean()) <= _AGREED:
                 return level
+            if exact:  # one tile is enough; elsewhere the slide below resamples
+                break
         del self._levels[number]
         msg = f"its {level.name} tiles look different in {self._below.info.reader}"
         raise UnservedError(msg)
@@ -293,7 +295,7 @@ def _level(page: Any) -> _Level:  # noqa: ANN401 - tifffile is untyped
     if (page.samplesperpixel, page.bitspersample, int(page.planarconfig)) != (3, 8, 1):
         msg = f"{page.samplesperpixel} x {page.bitspersample} bits are not 8-bit RGB"
         raise UnservedError(msg)
-    return _Level(
+    level = _Level(
         size=(page.imagewidth, page.imagelength),
         tile=(page.tilewidth, page.tilelength),
         offsets=page.dataoffsets,
@@ -301,6 +303,11 @@ def _level(page: Any) -> _Level:  # noqa: ANN401 - tifffile is untyped
         decode=_jpeg(page) if name == "JPEG" else _other(page),
         name=name,
     )
+    listed = min(len(level.offsets), len(level.counts))
+    if listed < level.across * math.ceil(level.size[1] / level.tile[1]):
+        msg = "its list of tiles is cut short"
+        raise UnservedError(msg)
+    return level
 
 
 def _jpeg(page: Any) -> Decode:  # noqa: ANN401 - tifffile is untyped

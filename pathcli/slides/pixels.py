@@ -28,7 +28,7 @@ from pathcli.store.lease import lease
 from pathcli.types import TileStatus, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
     from pathcli.slides.pixel_layouts import Layout, Row
     from pathcli.types import ByteArray, Progress, Slide, Tiles
@@ -259,7 +259,8 @@ class _Reading:
     def write(self, part: Path) -> dict[str, Any]:
         """Write everything into the folder `part`; return what it says of itself."""
         status = np.zeros(len(self.tiles), np.uint8)
-        self.layout.write(part, self.tiles, self._rows(status), status)
+        with closing(self._rows(status)) as rows:  # on an error too no thread reads any more
+            self.layout.write(part, self.tiles, rows, status)
         card = _card(self.tiles, self.layout) | {
             "bytes": sum(file.stat().st_size for file in _files(part)),
             "unreadable": self.tiles.xy[status != TileStatus.OK].tolist(),
@@ -269,7 +270,7 @@ class _Reading:
         _sync(part)
         return card
 
-    def _rows(self, status: ByteArray) -> Iterator[Row]:
+    def _rows(self, status: ByteArray) -> Generator[Row]:
         """Yield every row, packed by the threads that read it; (y, x) is the file's order."""
 
         def work(row: int) -> Row:

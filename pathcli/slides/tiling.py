@@ -239,6 +239,9 @@ def _cut(
 
     The second value counts the tiles each flag dropped.
     """
+    if spec.roi is not None and roi is None:
+        msg = f"{slide.path}: these tiles are those of a region of interest; give it too, as roi"
+        raise UsageError(msg)
     side0 = spec.size_um / mpp
     xy = candidates = grid(spec, mpp, slide.info.bounds)
     share = tissue.share(slide.info.bounds)

@@ -236,9 +236,10 @@ def method(name: str, **parameters: float) -> TissueMethod:
 
 
 def parameters_of(built: TissueMethod) -> dict[str, float]:
-    """Return all parameters of a method, defaults included."""
-    names = inspect.signature(type(built)).parameters
-    return {name: getattr(built, name) for name in names}
+    """Return all parameters of a method, defaults included; 24 um are 24.0 um in a digest."""
+    known = inspect.signature(type(built)).parameters.items()
+    values = {name: getattr(built, name) for name, _ in known}
+    return values | {name: float(values[name]) for name, p in known if p.annotation == "float"}
 
 
 def find_tissue(slide: Slide, spec: TileSpec, mpp: float) -> Tissue:
