@@ -82,8 +82,9 @@ class Budget:
         requests: int | None = None,
         usd: float | None = None,
         price: Price | None = None,
+        among: list[Budget] | None = None,
     ) -> None:
-        """Begin with nothing spent.
+        """Begin with nothing spent; those `among` which it is added share the money.
 
         Raises:
             UsageError: money without a price, or a negative number.
@@ -95,6 +96,8 @@ class Budget:
         self._most = {"tokens": tokens, "requests": requests, "USD": usd}
         self.read = self.written = self.requests = 0
         self._turn = threading.Lock()
+        self._among = [] if among is None else among
+        self._among.append(self)
 
     @property
     def tokens(self) -> int:
@@ -119,7 +122,8 @@ class Budget:
             ResourceError: the budget does not allow it.
         """
         with self._turn:
-            spent = {"tokens": self.tokens, "requests": self.requests, "USD": self.usd}
+            usd = sum(each.usd for each in self._among)
+            spent = {"tokens": self.tokens, "requests": self.requests, "USD": usd}
             for name, most in self._most.items():
                 if most is not None and spent[name] >= most:
                     msg = f"the budget of {most:g} {name} is spent ({self}); what was answered is "

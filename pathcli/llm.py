@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -89,6 +90,7 @@ class Client:
         self.base = self._wire.base
         self._limit = "max_tokens"  # as vLLM and Ollama call it
         self._schemas = True  # as long as it has not refused one
+        self._asking: dict[str, threading.Lock] = {}
 
     @cached_property
     def model(self) -> str:
@@ -252,8 +254,25 @@ class Client:
         """Return what `read` takes out of the reply, from what is kept if it was asked before."""
         given = _given(settings)
         key = self._key(messages, given, schema)
-        if self.kept is not None and (text := self.kept.get(key)) is not None:
-            return Reply(text, self.kept.fault(key))
+        if self.kept is None:
+            return self._paid(messages, read, given, schema, key)
+        with self._asking.setdefault(key, threading.Lock()):  # the same at once is paid once
+            try:
+                if (text := self.kept.get(key)) is not None:
+                    return Reply(text, self.kept.fault(key))
+                return self._paid(messages, read, given, schema, key)
+            finally:
+                self._asking.pop(key, None)
+
+    def _paid(
+        self,
+        messages: Sequence[Message],
+        read: Callable[[dict[str, Any]], str],
+        given: dict[str, Any],
+        schema: Mapping[str, Any] | None,
+        key: str,
+    ) -> Reply:
+        """Ask, count and keep."""
         self.budget.begin()
         found = self._complete(messages, given, schema)
         try:

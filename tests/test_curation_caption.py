@@ -30,7 +30,7 @@ GOOD = "red cells"
 class Scripted:
     """A model that says what stands in a list, or what a function makes of the last turn."""
 
-    name = "scripted"
+    name, digest = "scripted", "0f"
 
     def __init__(self, *replies: str | Reply, by: Callable[[str], str] | None = None) -> None:
         self.replies, self.by = list(replies), by

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Run
 from fakes import Colours
 from test_curation_caption import LONG, WORDS, Long, Scripted, edit
 
@@ -137,6 +138,9 @@ def test_slides_become_captions_that_are_read_again_from_the_same_pixels(
         "summarise": "first-sentences",
     }
     assert facts["attributes"] == ["red", "blue"]
+    assert facts["command"] == "pathcli data caption"
+    assert facts["model digests"] == {"prompt": "0f", "describe": "0f", "revise": "0f"}
+    assert facts["slides"] == [str(slide_path)]
 
 
 def test_the_same_seed_writes_the_same_bytes(
@@ -244,3 +248,13 @@ def test_a_models_mistakes_are_taken_where_they_can_be_taken_back() -> None:
     right = list(corrupted(good, lambda *_: None, model=Scripted(), untouched=1))
     assert [one.answer for one in right] == ["[]"] * 4
     assert np.unique([one.turns[0] for one in right]).size == 1
+
+
+def test_rows_that_were_not_read_are_told_by_the_command(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "a.png").touch()
+    path = tmp_path / "a.csv"
+    path.write_text("image,caption\na.png,Small nuclei are seen.\ngone.png,Large ones.\n")
+    code, out, err = run("data", "corrupt", str(path), str(tmp_path / "o.json"), "--json")
+    assert code == 0
+    assert json.loads(out)["not read"] == {"no such image file": 1}
+    assert "no such image file" in err

@@ -222,6 +222,13 @@ def test_each_row_is_kept_or_dropped_for_its_reason_in_order(tmp_path: Path) -> 
     assert [Path(s.images[0]).resolve().name for s in again] == ["a.png", "b.png"]
 
 
+def test_half_a_character_costs_no_file(tmp_path: Path) -> None:
+    half = {"image": save(tmp_path / "a.png", tissue(1)), "caption": f"{LONG} \ud83d"}
+    done = clean(table(tmp_path, [half]), tmp_path / "out", Judges(), min_words=5)
+    assert kept(tmp_path / "out")[0]["caption"] == half["caption"]
+    write_report(done, facts(Judges(), {"half": "\ud83d"}), "")
+
+
 def test_an_image_of_a_row_that_was_dropped_is_no_original(tmp_path: Path) -> None:
     save(tmp_path / "a.png", tissue(1))
     rows = [{"image": "a.png", "caption": "Short."}, {"image": "a.png", "caption": LONG}]

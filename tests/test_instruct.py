@@ -21,11 +21,14 @@ from pathcli.cli import main
 from pathcli.curation.instruct import Settings, captions, conversation, instruct
 from pathcli.curation.models import open_model
 from pathcli.curation.pairs import Fault, Pair, Seen, read_pairs, rules
-from pathcli.curation.report import Dataset
+from pathcli.curation.report import Dataset, write_report
 from pathcli.data.formats import TALKS, Source, samples
+from pathcli.data.outputs import ImageFolder
+from pathcli.data.writers import write_samples
 from pathcli.errors import ResourceError, UsageError
 from pathcli.llm import Reply
 from pathcli.store import Store
+from pathcli.types import Region, Sample
 
 __all__ = ["server"]
 
@@ -190,7 +193,11 @@ def test_pathgen_needs_no_slides_and_keeps_their_positions(tmp_path: Path) -> No
     (given,) = captions(source, tmp_path)
     assert (given.path, given.group) == ("TCGA-AA-1111-01Z_3_4.png", "TCGA-AA-1111")
     assert source.dropped.total() == 1
-    instruct(Source(path), tmp_path / "out", None, Settings(kinds=("template",)))
+    lost = instruct(Source(path), tmp_path / "out", None, Settings(kinds=("template",)))
+    assert lost.unread == {"no slide, position or caption": 1}
+    assert "row 2,,no slide, position" in (tmp_path / "out" / "dropped.csv").read_text().replace(
+        '"', ""
+    )
     (talk,) = json.loads((tmp_path / "out" / "llava.json").read_text())
     assert (talk["wsi_id"], talk["position"], talk["type"]) == (
         row["wsi_id"],
@@ -199,6 +206,36 @@ def test_pathgen_needs_no_slides_and_keeps_their_positions(tmp_path: Path) -> No
     )
     with pytest.raises(UsageError, match="needs a model"):
         instruct(Source(path), tmp_path / "no", None, Settings())
+
+
+def test_squares_of_another_size_are_named_as_their_files_are(slide_path: Path) -> None:
+    region = Region(str(slide_path), (0, 64), 64)
+    path = slide_path.parent / "a.json"
+    write_samples([Sample("a", (region,), "Skin is seen here.")], path, "pathgen")
+    (given,) = captions(Source(path), path.parent)
+    assert given.path == Path(ImageFolder(path.parent / "made").file(region)).name
+
+
+def test_half_a_character_costs_no_file(tmp_path: Path) -> None:
+    half = "Skin \\ud83d is seen."
+    pairs = f'{{"pairs": [{{"question": "\\ud83d is it?", "answer": "A {half}"}}]}}'
+    bad = pairs.replace("A Skin", "A caption of Skin")
+    replies = iter([Reply(pairs), Reply(bad)])
+
+    class Half:
+        name, digest = "half", "0"
+
+        def ask_all(self, conversations: Any, **_: Any) -> Any:
+            yield from (next(replies) for _ in conversations)
+
+    out = tmp_path / "out"
+    made = instruct(
+        Source(table(tmp_path, 2)), out, Half(), Settings(kinds=("generated",), form="json")
+    )
+    write_report(out, "A", "B", made.data, {}, told={}, command="")
+    assert len(json.loads((out / "clover.json").read_text())) == 1
+    assert made.data.dropped["generated"].total() == 1
+    assert (out / "report.html").exists()
 
 
 def test_the_example_stands_in_the_prompt_in_the_form_that_is_asked_for() -> None:

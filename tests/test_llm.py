@@ -107,6 +107,28 @@ def client(server: Server, **given: Any) -> Client:
     return Client(f"{server.url}#tiny", **{"pause_s": 0.001} | given)
 
 
+def test_what_is_asked_twice_at_once_is_paid_once(server: Server, tmp_path: Path) -> None:
+    def slowly(body: dict[str, Any]) -> Reply:
+        time.sleep(0.05)
+        return said(words(body))
+
+    server.answer = slowly
+    made = client(server, kept=Responses(tmp_path / "kept.jsonl"))
+    assert list(made.ask_all([ask("a")] * 4)) == ["a"] * 4
+    assert len(server.bodies) == made.budget.requests == 1
+
+
+def test_several_models_share_what_may_be_spent() -> None:
+    price, among = Price(1, 1), list[Budget]()
+    first, second = (Budget(usd=1, price=price, among=among) for _ in range(2))
+    first.begin()
+    first.count(600_000, 0)
+    second.begin()
+    second.count(400_000, 0)
+    with pytest.raises(ResourceError, match="budget of 1 USD is spent"):
+        first.begin()
+
+
 def ask(*parts: str | Picture) -> list[Message]:
     return [Message("user", parts or ("abc",))]
 

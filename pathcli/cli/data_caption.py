@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathcli.curation.caption.texts import Reports
     from pathcli.curation.models import Model
     from pathcli.data.writers import Form
+    from pathcli.endpoints import Budget as Purse
     from pathcli.store import Store
 
 NONE, FIRST_SENTENCES = "none", "first-sentences"
@@ -92,6 +93,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Of every draw.", min=0)]
 Budget = Annotated[
     float | None, typer.Option("--budget", help="Most to spend at endpoints.", metavar="USD")
 ]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write to.", metavar="DIR")]
 Requests = Annotated[
     int, typer.Option("--workers", help="Threads that read tiles; requests at once.", min=1)
 ]
@@ -119,7 +121,7 @@ def caption(
     workers: Requests = 4,
     device: o.Device = "auto",
     store: o.StoreRoot = None,
-    out: o.Out = o.OUT / "captions",
+    out: Out = o.OUT / "captions",
     json: o.Json = False,
 ) -> None:
     """Choose patches of slides and have models caption them (PathGen).
@@ -139,7 +141,10 @@ def caption(
     check_out(out)
     choice = Choice(top=top, diverse=diverse, duplicates=duplicates, seed=seed)
     kept, places = o.open_store(store), _places(slides, slide_mpp)
-    agent = partial(_open, store=kept, budget=budget, price=price, workers=workers, device=device)
+    spent: list[Purse] = []
+    agent = partial(
+        _open, store=kept, budget=budget, price=price, workers=workers, device=device, among=spent
+    )
     team = _team(agent, describe, revise, summarise)
     built = build_encoder(encoder, checkpoint=checkpoint)
     retriever = Retriever(
@@ -151,11 +156,9 @@ def caption(
         spec=patch_spec(tissue, min_tissue),
     )
     line = shlex.join(["pathcli", *sys.argv[1:]])
-    with show.progress(len(places)) as started:
-        done = caption_slides(
-            places, Captioner(retriever, team), out, command=line, started=started
-        )
-    _tell(done, retriever.slides, json=json)
+    with show.progress(len(places)) as start:
+        done = caption_slides(places, Captioner(retriever, team), out, command=line, started=start)
+    _tell(done, retriever.slides, spent, json=json)
 
 
 def _places(slides: list[str], slide_mpp: float | None) -> list[Any]:
@@ -196,7 +199,7 @@ def _team(
     )
 
 
-def _tell(done: dict[str, Any], slides: list[Any], *, json: bool) -> None:
+def _tell(done: dict[str, Any], slides: list[Any], spent: list[Purse], *, json: bool) -> None:
     from pathcli.cli import show  # noqa: PLC0415
 
     for one in slides:
@@ -204,11 +207,16 @@ def _tell(done: dict[str, Any], slides: list[Any], *, json: bool) -> None:
             if text:
                 show.warn(f"{one.path}: {text}")
     if json:
-        show.as_json(done)
+        told = {"requests": sum(each.requests for each in spent)}
+        told |= {"tokens_read": sum(each.read for each in spent)}
+        told |= {"tokens_written": sum(each.written for each in spent)}
+        show.as_json(done | told | {"usd": round(sum(each.usd for each in spent), 6)})
         return
     flat = {name: done[name] for name in ("slides", "patches", "captions")}
     rows = flat | {f"dropped: {why}": n for why, n in done["dropped"].items()} | done["agents"]
     show.table([{"what": what, "n": n} for what, n in rows.items()])
+    for each in spent:
+        show.say(f"spent at an endpoint: {each}")
     show.say(f"{done['notice']} Open {done['report']}")
 
 
@@ -220,6 +228,7 @@ def _open(
     price: str | None,
     workers: int,
     device: str = "auto",
+    among: list[Purse] | None = None,
 ) -> Model | None:
     """Return an agent, None for none."""
     if name == NONE:
@@ -233,6 +242,7 @@ def _open(
         price=o.price_of(price),
         workers=workers,
         device=device,
+        among=among,
     )
 
 
@@ -287,10 +297,12 @@ def corrupt(
         raise DataError(msg)
     form: Form = "pathgen" if isinstance(first.images[0], Region) else "llava"
     done = write_samples(chain([first], found), out, form, root=images)
+    done.unread, done.examples = source.dropped, source.examples | done.examples
     for line in done.told():
         show.warn(line)
     facts = {"written": done.rows, "not spoilt": dropped.total(), "out": str(out)}
     if json:
-        show.as_json(facts | {"reasons": dict(dropped)})
+        show.as_json(facts | {"reasons": dict(dropped), "not read": dict(done.unread)})
     else:
-        show.say(f"{done.rows} captions in {out}; {dropped.total()} could not be made wrong")
+        lost = "".join(f"; {why}: {n}" for why, n in dropped.most_common())
+        show.say(f"{done.rows} captions in {out}; {dropped.total()} could not be made wrong{lost}")

@@ -116,7 +116,7 @@ def clean(
 
     o.check(None, device)
     kept = Responses(out / "responses.jsonl")
-    dear = (_language(llm) if llm else None, _vision(vlm, device, kept) if vlm else None)
+    dear = (_language(llm, device) if llm else None, _vision(vlm, device, kept) if vlm else None)
     judges = _judges((_lexicon(texts), _cheap(encoder, checkpoint, device)), dear, agree)
     how: dict[str, Any] = {"min_words": min_words, "copies": copies, "distance": distance}
     how["seed"] = seed
@@ -180,11 +180,11 @@ def _vision(name: str, device: str, kept: Responses) -> ByVision:
     return ByVision(open_responder(name, device=device), kept)
 
 
-def _language(name: str) -> ByLanguage:
+def _language(name: str, device: str) -> ByLanguage:
     from pathcli.curation.judges import ByLanguage  # noqa: PLC0415
     from pathcli.curation.models import open_model  # noqa: PLC0415
 
-    return ByLanguage(open_model(name, store=o.open_store(None)))
+    return ByLanguage(open_model(name, store=o.open_store(None), device=device))
 
 
 def _lexicon(name: str) -> ByLexicon | None:

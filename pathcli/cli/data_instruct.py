@@ -85,6 +85,7 @@ Usd = Annotated[
         "--budget", help="Most to spend; then it stops, and goes on another time.", metavar="USD"
     ),
 ]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write to.", metavar="DIR")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Ask nothing: say what it would ask and cost.")
 ]
@@ -110,7 +111,7 @@ def instruct(
     dry_run: DryRun = False,
     device: o.Device = "auto",
     store: o.StoreRoot = None,
-    out: o.Out = OUT,
+    out: Out = OUT,
     json: o.Json = False,
 ) -> None:
     """Make questions and answers of captions, to train on (CLOVER).
@@ -293,6 +294,8 @@ def _tell(
     for kind, each in made.data.dropped.items():
         rows += [{"what": f"{kind}: {why}", "pairs": n} for why, n in each.most_common()]
     show.table(rows)
+    for why, count in made.unread.items():
+        show.warn(f"{count} rows not read: {why}")
     if model:
         show.say(f"spent: {model.budget}")
     show.say(f"{NOTICE} Open {page}")

@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pathcli.curation.agreement import Agreement, Drawn, agreement
 from pathcli.curation.clean_rows import Pair, Rows, read_picture, written
@@ -141,10 +141,11 @@ def clean(
 def _judge_all(work: _Work, rows: Rows, layout: str, workers: int, progress: Progress) -> None:
     """Write every row where it belongs, below temporary names."""
     out = work.out
+    how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # half characters
     with (
         ThreadPoolExecutor(workers, thread_name_prefix="clean") as pool,
-        part_path(out / "kept.jsonl").open("w", encoding="utf-8") as kept,
-        part_path(out / "dropped.csv").open("w", newline="", encoding="utf-8") as dropped,
+        part_path(out / "kept.jsonl").open("w", **how) as kept,
+        part_path(out / "dropped.csv").open("w", newline="", **how) as dropped,
     ):
         table = csv.writer(dropped, lineterminator="\n")
         table.writerow(["row", "id", "reason", "detail"])

@@ -80,7 +80,7 @@ def write_report(done: Cleaned, provenance: Mapping[str, Any], command: str) -> 
         "provenance.json": _json({**provenance, "command": command}),
     }
     for name, text in files.items():
-        write_bytes(folder / name, text.encode(), lambda _: None, "--out")
+        write_bytes(folder / name, text.encode(errors="backslashreplace"), lambda _: None, "--out")
     return folder / "report.html"
 
 

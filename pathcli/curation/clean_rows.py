@@ -90,11 +90,12 @@ class Rows(Source):
     def pairs_of(self, layout: str) -> Iterator[Pair]:
         """Yield what is to be judged and what was dropped already, in the order of the rows."""
         for sample in samples(self, layout):
-            yield from self._taken()
+            yield from self.taken()
             yield Pair(self.rows, str(self.row.get("id") or sample.name), sample, self.row)
-        yield from self._taken()
+        yield from self.taken()
 
-    def _taken(self) -> list[Pair]:
+    def taken(self) -> list[Pair]:
+        """Return what was dropped since this was last called."""
         taken, self.lost = self.lost, []
         return taken
 

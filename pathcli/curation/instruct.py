@@ -16,14 +16,16 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from pathcli.curation.clean_rows import Rows
 from pathcli.curation.pairs import Fault, Pair, Seen, read_pairs, rules, texts
 from pathcli.curation.report import Dataset
 from pathcli.data.formats import CAPTIONS, recognise, samples
+from pathcli.data.formats.published import PATHGEN_PX
 from pathcli.data.formats.source import patient
 from pathcli.data.formats.source import texts as texts_of
 from pathcli.data.formats.tables import read_rows
 from pathcli.data.images import image_name
-from pathcli.data.outputs import dumped, name_from, whole
+from pathcli.data.outputs import dumped, name_from, square_name, whole
 from pathcli.errors import DataError, UsageError
 from pathcli.llm import Message
 from pathcli.llm_messages import CUT
@@ -155,7 +157,8 @@ def _pathgen(source: Source) -> Iterator[Given]:
             continue
         place = {key: row[key] for key in ("wsi_id", "position", "file_id", "side") if row.get(key)}
         name = "_".join(map(str, (row["wsi_id"], *at)))
-        yield Given(name, told[0], f"{name}.png", patient(str(row["wsi_id"])), place)
+        path = square_name(str(row["wsi_id"]), at, row.get("side") or PATHGEN_PX)
+        yield Given(name, told[0], f"{path}.png", patient(str(row["wsi_id"])), place)
 
 
 # --- asking ------------------------------------------------------------------------------
@@ -233,6 +236,7 @@ def instruct(
         msg = "kind generated needs a model, and only it does"
         raise UsageError(msg)
     work = _Work(settings, model.name if model else "")
+    source = Rows(source)
     found = captions(source, out, layout, settings.limit)
     with ExitStack() as files:
         clover, llava, lost = (
@@ -240,10 +244,12 @@ def instruct(
             for name in ("clover.json", "llava.json", "dropped.csv")
         )
         singles, talks = files.enter_context(_List(clover)), files.enter_context(_List(llava))
-        table = csv.writer(files.enter_context(lost.open("w", encoding="utf-8", newline="")))
+        how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+        table = csv.writer(files.enter_context(lost.open("w", **how)))
         table.writerow(["id", "kind", "reason", "detail", "question", "answer"])
         for given, reply in _replies(found, model, settings):
             pairs, dropped = work.of(given, reply)
+            table.writerows(_unread(source))
             table.writerows((given.name, *row) for row in dropped)
             for kind in settings.kinds:
                 own = [pair for each, pair in pairs if each == kind]
@@ -252,11 +258,18 @@ def instruct(
                 if own:
                     talks.add(work.llava(given, kind, own, talks.count + 1))
             progress(work.data.captions, 0)
+        table.writerows(_unread(source))
         if not work.data.captions:
             why = ", ".join(f"{n} {why}" for why, n in source.dropped.items())
             msg = f"{source.path}: no caption to make instructions of ({why or 'it is empty'})"
             raise DataError(msg)
     return Made(out, work.data, dict(source.dropped), source.warnings)
+
+
+def _unread(rows: Rows) -> Iterator[tuple[str, ...]]:
+    """Yield the lines of dropped.csv of rows that gave no caption, once."""
+    for row in rows.taken():
+        yield (row.id, "", row.reason, f"{row.count} rows" * (row.count > 1), "", "")
 
 
 class _Work:

@@ -92,6 +92,7 @@ def open_model(
     price: Price | None = None,
     pace: Pace | None = None,
     device: str = "auto",
+    among: list[Budget] | None = None,
 ) -> Opened:
     """Return the model of a name (see above).
 
@@ -103,13 +104,14 @@ def open_model(
         price: of an endpoint's tokens (default: that of assets/curation/prices.yaml).
         pace: requests and tokens a minute, of an endpoint.
         device: auto, cpu, cuda, cuda:1 or mps, of a model of this machine.
+        among: budgets of other endpoints, with which `budget` is shared.
 
     Raises:
         UsageError: the name says nothing, or money is limited and no price is known.
         ResourceError: weights are not here, or the endpoint does not answer.
     """
     if name.startswith(("http://", "https://")):
-        return _endpoint(name, store, budget, workers, price, pace)
+        return _endpoint(name, store, budget, workers, price, pace, among)
     from pathcli.curation.local import LanguageModel, VisionModel  # noqa: PLC0415 - imports torch
     from pathcli.vlm.responders import open_responder  # noqa: PLC0415
 
@@ -178,6 +180,7 @@ def _endpoint(  # noqa: PLR0917 - `open_model`'s own arguments
     workers: int,
     price: Price | None,
     pace: Pace | None,
+    among: list[Budget] | None,
 ) -> EndpointModel:
     client = Client(name, workers=workers, pace=pace)
     price = price or price_of(client.base, client.model)
@@ -187,7 +190,7 @@ def _endpoint(  # noqa: PLR0917 - `open_model`'s own arguments
             "give --price READ,WRITTEN, USD per million tokens"
         )
         raise UsageError(msg)
-    client.budget = Budget(usd=usd, price=price)
+    client.budget = Budget(usd=usd, price=price, among=among)
     digest = response_key(client.base, client.model)
     client.kept = kept_in(store, digest)
     return EndpointModel(client, digest, price)

@@ -162,7 +162,8 @@ def bars(counts: Counter[str], what: str) -> str:
     top = counts.most_common(_BARS)
     if rest := counts.total() - sum(n for _, n in top):
         top.append(("others", rest))
-    names, numbers = zip(*reversed(top), strict=True)
+    names = [name.encode(errors="backslashreplace").decode() for name, _ in reversed(top)]
+    numbers = [number for _, number in reversed(top)]
 
     def draw(axes: Axes) -> None:
         drawn = axes.barh(names, numbers, color=COLOURS[0])
@@ -222,7 +223,7 @@ def write_report(
         "provenance.json": _json({**provenance, "command": command}),
     }
     for name, text in files.items():
-        write_bytes(out / name, text.encode(), lambda _: None, "--out")
+        write_bytes(out / name, text.encode(errors="backslashreplace"), lambda _: None, "--out")
     return out / "report.html"
 
 

@@ -26,7 +26,7 @@ from pathcli.store.files import disk_errors, part_path, publish
 from pathcli.types import Member, Region
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from pathcli.types import ImageRef
 
@@ -115,8 +115,7 @@ class ImageFolder:
         stem = self._stem(ref.slide if isinstance(ref, Region) else ref.archive)
         data, suffix = image_bytes(ref)
         if isinstance(ref, Region):
-            side = "" if ref.side0 == PATHGEN_PX else f"_{ref.side0}px"
-            name = f"{stem}_{ref.xy[0]}_{ref.xy[1]}{side}"
+            name = square_name(stem, ref.xy, ref.side0)
         else:
             own = PurePosixPath(ref.name.partition("[")[0]).stem
             name = f"{stem}/{_SAFE.sub('_', own)}-{ref.offset}"
@@ -134,6 +133,12 @@ class ImageFolder:
                 names = chain([stem], (f"{stem}-{n}" for n in range(2, len(taken) + 3)))
                 self._stems[place] = next(name for name in names if name not in taken)
             return self._stems[place]
+
+
+def square_name(stem: str, xy: Sequence[object], side0: object) -> str:
+    """Return what the file of a square of a slide is called, without its ending."""
+    side = "" if str(side0) == str(PATHGEN_PX) else f"_{side0}px"
+    return f"{_SAFE.sub('_', stem)}_{xy[0]}_{xy[1]}{side}"
 
 
 def name_from(root: Path, path: str) -> str:

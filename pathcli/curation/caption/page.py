@@ -69,7 +69,7 @@ def page(
     for number, patch in enumerate(shown.patches, start=1):
         sections.append(_section(number, patch, encoder))
     facts: Mapping[str, Any] = report.provenance
-    flat = {k: _plain(v) for k, v in facts.items() if k not in {"attributes", "versions"}}
+    flat = {k: _plain(v) for k, v in facts.items() if k not in {"attributes", "slides", "versions"}}
     looked = [{"attribute": text} for text in facts["attributes"]]
     sections.append(Section("Attributes looked for", rows=looked))
     sections.append(Section("To repeat it", code=command, rows=pairs(flat | facts["versions"])))

@@ -47,6 +47,11 @@ class Agents:
         given = {name: getattr(self, name) for name in ("describe", "revise", "summarise")}
         return {k: str(getattr(v, "name", v or "none")) for k, v in given.items()}
 
+    def digests(self) -> dict[str, str]:
+        """Return what decides the answers of each agent that is a model."""
+        given = {name: getattr(self, name) for name in ("describe", "revise", "summarise")}
+        return {k: str(v.digest) for k, v in given.items() if hasattr(v, "digest")}
+
 
 class Captioner:
     """A retriever and the agents behind it."""
@@ -158,8 +163,12 @@ def _report(
     numbers |= {f"dropped: {why}": metric(n) for why, n in counts["dropped"].items()}
     numbers |= {what: metric(n) for what, n in counts["agents"].items()}
     retriever = captioner.retriever
+    known = getattr(retriever.prompt, "digest", "")
+    prompt = {"prompt": str(known)} if known else {}
     facts = retriever.facts() | {
+        "slides": [one.path for one in retriever.slides],
         "agents": captioner.team.names(),
+        "model digests": prompt | captioner.team.digests(),
         "most tokens": agents.limit_of(retriever.encoder),
         "prompts": {name: digest(text) for name, text in captioner.words.items()},
         "git": git_commit(),
@@ -170,7 +179,8 @@ def _report(
     html = page(report, retriever.slides, shown, retriever.encoder, command)
     for name, text in {
         "report.json": json_text(report),
-        "provenance.json": json.dumps(facts, indent=1, ensure_ascii=False) + "\n",
+        "provenance.json": json.dumps(facts | {"command": command}, indent=1, ensure_ascii=False)
+        + "\n",
         "report.html": html,
     }.items():
         data = text.encode("utf-8", "backslashreplace")
