@@ -1,8 +1,10 @@
 """Several devices, a process each: here two processes on the CPU."""
 
+import errno
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,40 @@ def test_a_process_that_dies_costs_one_slide(tmp_path: Path, store: Store) -> No
     with pytest.raises(ResourceError, match=r"s0\.svs: the process on cpu died"):
         fleet(paths[0], **how)
     assert all(fleet(p, **how).encoded for p in paths[1:])
+    fleet.close()
+
+
+def test_an_interrupted_process_begins_with_no_further_slide(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    def interrupted(job: Any, after: Any) -> None:
+        begun.append((job[0], after and after[0]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathcli.encoders.fleet._embed", interrupted)
+    monkeypatch.setattr(Fleet, "_pool", lambda *_: ThreadPoolExecutor(1))
+    fleet = Fleet(fakes.MeanColour(), store, devices=["cpu"])
+    fleet.expect([("s0.svs", {}), ("s1.svs", {}), ("s2.svs", {})])
+    with pytest.raises(KeyboardInterrupt):
+        fleet("s0.svs")
+    for thread in fleet._threads:  # ends by itself, before anyone closes
+        thread.join()
+    assert begun == [("s0.svs", "s1.svs")]
+
+
+def test_a_process_that_cannot_be_started_is_told(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(Fleet, "_pool", none_left)
+    fleet = Fleet(fakes.MeanColour(), store, devices=["cpu"])
+    fleet.expect([("s0.svs", {}), ("s1.svs", {})])
+    for _, future in fleet._begun:
+        assert "too many open files" in str(future.exception(timeout=20))
     fleet.close()
 
 

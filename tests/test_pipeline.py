@@ -198,6 +198,20 @@ def test_a_single_tile_that_does_not_fit_is_a_resource_error(
     assert not list(store.features)
 
 
+def test_a_short_batch_of_a_compiled_encoder_is_halved_from_its_full_size(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch, "compile", lambda encode, **_: encode)
+    encoder = Fits()
+    ready = Embedder(encoder, store, device="cpu", batch=32, compiled=True)
+    ready.load()
+    pixels = torch.full((1, 4, 4, 3), 7, dtype=torch.uint8)
+    assert ready._encode(pixels).tolist() == [[7, 7, 7]]
+    assert encoder.sizes == [32, 16, 8, 4]  # a compiled pass is filled up, however few tiles
+
+
 def test_another_runtime_error_is_not_taken_for_want_of_memory(
     slide_path: Path, store: Store
 ) -> None:

@@ -289,7 +289,8 @@ class Embedder:
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise
-                fits = min(self._fits, len(pixels)) // 2
+                tiles = self._fits if self.compiled else min(self._fits, len(pixels))
+                fits = tiles // 2  # a compiled pass always had them all
                 if not fits:
                     msg = f"{self.device} is out of memory with a single tile; use another --device"
                     raise ResourceError(msg) from error

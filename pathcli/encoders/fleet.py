@@ -116,22 +116,25 @@ class Fleet:
 
         The last ones come alone: none is held back from a process that has nothing to do.
         """
-        pool = self._pool(device)
+        pool: ProcessPoolExecutor | None = None
         job = self._take()
         while job and not self._closed.is_set():
             after = self._take() if len(self._waiting) >= len(self.devices) else None
             (known, future) = job
             try:
+                pool = pool or self._pool(device)
                 future.set_result(pool.submit(_embed, known, after and after[0]).result())
             except BrokenProcessPool:
                 msg = f"{known[0]}: the process on {device} died, for want of memory perhaps"
                 future.set_exception(ResourceError(msg))
-                pool.shutdown()
-                pool = self._pool(device)
+                pool = None  # and has cleared up after itself
             except BaseException as error:  # noqa: BLE001 - raised where the slide is asked for
+                if not isinstance(error, Exception):  # Ctrl-C, told there before it is here
+                    self._closed.set()
                 future.set_exception(error)
             job = after or self._take()
-        pool.shutdown()
+        if pool:
+            pool.shutdown()
 
     def _pool(self, device: str) -> ProcessPoolExecutor:
         level = logging.getLogger("pathcli").level
