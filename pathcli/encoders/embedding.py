@@ -19,7 +19,7 @@ from pathcli.encoders.reading import Prepared, Reader, SlideRows, drop
 from pathcli.encoders.writing import Writing
 from pathcli.errors import BusyError, DataError, PathcliError, ResourceError
 from pathcli.slides.readers import open_slide
-from pathcli.slides.tiling import TileRun, summary, tile_slide
+from pathcli.slides.tiling import TileRun, refuse_if_bad, summary, tile_slide
 from pathcli.store import Store
 from pathcli.store.files import part_path
 from pathcli.types import Encoder, Key, silent
@@ -129,7 +129,7 @@ class Embedder:
             if len(run.tiles) and key not in self.store.features:
                 encoded = self.fill(rows, run.tiles, key, progress or silent, ready.reader)
             shape, bad = self.store.features.shape(key) if len(run.tiles) else ((), 0)
-            _refuse_if_bad(rows, bad, len(run.tiles))
+            refuse_if_bad(rows.name, bad, len(run.tiles), rows.max_bad)
         return EmbedRun(
             tiling=run,
             key=key,
@@ -265,7 +265,7 @@ class Embedder:
             for batch in reader:
                 bad += batch.bad
                 try:
-                    _refuse_if_bad(rows, bad, n)
+                    refuse_if_bad(rows.name, bad, n, rows.max_bad)
                 except DataError:  # rows of a bad file are not to be resumed
                     writer.discard()
                     raise
@@ -328,15 +328,6 @@ class Embedder:
 def _out_of_memory(error: Exception) -> bool:
     """Tell by PyTorch's words, which is all there is on a CPU, whether memory was short."""
     return isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY)
-
-
-def _refuse_if_bad(rows: Rows, bad: int, n: int) -> None:
-    if bad > rows.max_bad * n:
-        msg = (
-            f"{rows.name}: {bad} of {n} tiles cannot be read, more than "
-            f"{rows.max_bad:.1%}; is the file whole? (--max-bad-tiles sets the limit)"
-        )
-        raise DataError(msg)
 
 
 def embed(

@@ -22,7 +22,7 @@ import numpy as np
 from pathcli import __version__
 from pathcli.errors import BusyError, DataError
 from pathcli.slides.readers import open_slide
-from pathcli.slides.tiling import read_tile
+from pathcli.slides.tiling import read_tile, refuse_if_bad
 from pathcli.store.files import disk_errors, part_path
 from pathcli.store.lease import lease
 from pathcli.types import TileStatus, silent
@@ -120,7 +120,7 @@ def save_pixels(
                     reading = _Reading(slide, tiles, layout, workers, max_bad_tiles, progress)
                     card = _publish(place, reading, held)
     bad = len(card["unreadable"])
-    _refuse_if_bad(path, bad, len(tiles), max_bad_tiles)
+    refuse_if_bad(str(path), bad, len(tiles), max_bad_tiles)
     return PixelRun(
         layout=layout,
         path=place,
@@ -236,15 +236,6 @@ def read_or_none(slide: Slide, tiles: Tiles, row: int) -> ByteArray | None:
         return None
 
 
-def _refuse_if_bad(path: Path | str, bad: int, n: int, limit: float) -> None:
-    if bad > limit * n:
-        msg = (
-            f"{path}: {bad} of {n} tiles cannot be read, more than {limit:.1%}; is the file "
-            "whole? (--max-bad-tiles sets the limit)"
-        )
-        raise DataError(msg)
-
-
 @dataclass(frozen=True)
 class _Reading:
     """One slide's tiles on their way to disk."""
@@ -282,6 +273,6 @@ class _Reading:
             if data is None:
                 status[row] = TileStatus.UNREADABLE
                 bad += 1
-                _refuse_if_bad(self.slide.path, bad, n, self.max_bad)
+                refuse_if_bad(str(self.slide.path), bad, n, self.max_bad)
             yield row, data
             self.progress(row + 1, n)

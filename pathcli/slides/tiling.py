@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from pathcli.errors import UsageError
+from pathcli.errors import DataError, UsageError
 from pathcli.slides.geojson import write_geojson
 from pathcli.slides.overlay import draw_tiles, save_png
 from pathcli.slides.quality import flag_tiles, flags
@@ -355,6 +355,20 @@ def read_tile(slide: Slide, xy: tuple[int, int], spec: TileSpec, mpp: float) -> 
     box = (into[0], into[1], min(into[0] + side, need[0]), min(into[1] + side, need[1]))
     size = (spec.size_px, spec.size_px)
     return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, box=box))
+
+
+def refuse_if_bad(name: str, bad: int, n: int, limit: float) -> None:
+    """Refuse a slide of whose `n` tiles `bad` were unreadable so far, a share above `limit`.
+
+    Raises:
+        DataError: too many are.
+    """
+    if bad > limit * n:
+        msg = (
+            f"{name}: at least {bad} of {n} tiles cannot be read, more than {limit:.1%}; "
+            "is the file whole? (--max-bad-tiles sets the limit)"
+        )
+        raise DataError(msg)
 
 
 def summary(run: TileRun) -> dict[str, Any]:
