@@ -24,7 +24,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from pathcli.vlm.responders import Decoding
 OUT = Path(__file__).parents[1] / "assets" / "clover-mini"
 CARD = Path(__file__).with_name("clover_mini_card.md")
 MAIN = ("tissue", "malignant")  # asked in every unseen wording; the others in a drawn one
-KINDS = ("benign", "named", "either", "choice", "same")
+KINDS = ("benign", "status", "named", "either", "choice", "same")
 ENOUGH = 0.93  # balanced accuracy of a wording that works
 LENGTH = 24  # tokens of an answer, at most
 
@@ -90,7 +90,7 @@ def plain(text: str) -> str:
 
 
 def questions(rows: Sequence[Row]) -> list[Asked]:
-    """Return what the rows' images are asked: wordings training never used, then two it did."""
+    """Return what the rows' images are asked: in unseen wordings, as a second question, in seen."""
     asker, rng = Asker(read_questions(), "unseen"), np.random.default_rng(6)
     trained = Asker(read_questions(), "train").words
     found = []
@@ -101,6 +101,15 @@ def questions(rows: Sequence[Row]) -> list[Asked]:
     for kind in KINDS:
         samples = [drawn(asker, kind, row, rows, rng) for row in rows]
         found.append(Asked(kind, "unseen wordings, one drawn", samples))
+    first = asker.words["organ"][0]
+    for kind in MAIN:
+        word = asker.words[kind][0]
+        samples = [sample(row, *asker.answer(kind, row["label"], rng, word)) for row in rows]
+        samples = [
+            replace(s, turns=(first, asker.classes[row["label"]]["organ"], *s.turns))
+            for s, row in zip(samples, rows, strict=True)
+        ]
+        found.append(Asked(kind, "unseen wording 1, after a question on the organ", samples))
     for kind in MAIN:
         word = trained[kind][0]
         samples = [sample(row, *asker.answer(kind, row["label"], rng, word)) for row in rows]
@@ -156,14 +165,14 @@ def measure(answer: Answer, rows: Sequence[Row]) -> dict[str, Any]:
     return found
 
 
-SURE = ("tissue", "malignant", "benign", "either")  # whose answers a question allows
+SURE = ("tissue", "malignant", "benign", "status", "either")  # whose answers a question allows
 
 
 def likelihoods(responder: RunResponder, asked: Sequence[Asked]) -> dict[str, Any]:
     """Return by kind the right options' numbers [n] and all options' log-probabilities [n, k]."""
     found: dict[str, Any] = {}
     for kind in SURE:
-        samples = [s for one in asked if one.kind == kind for s in one.samples]
+        samples = [s for one in asked if one.kind == kind for s in one.samples if len(s.turns) == 1]
         names = responder.taught[0][:3]
         options = [list(allowed(s.turns[-1], responder.taught) or names) for s in samples]
         right = [o.index(s.answer) for o, s in zip(options, samples, strict=True)]
@@ -246,14 +255,14 @@ def wordings(path: Path) -> dict[str, Any]:
         return sum(row["kind"] == kind for row in some)
 
     asked, bad = count(rows, "malignant"), count(low, "malignant")
-    worst = [f'* {r["balanced_accuracy"]} "{r["wording"]}"' for r in rows[:12]]
+    worst = [f'* {r["balanced_accuracy"]} "{r["wording"]}"' for r in low[:12]]
     return {
         "asked": asked,
         "bad": bad,
         "good": asked - bad,
         "benign_asked": count(rows, "benign"),
         "benign_bad": count(low, "benign"),
-        "worst": "\n" + "\n".join(worst) + "\n",
+        "worst": "; the lowest:\n\n" + "\n".join(worst) + "\n" if worst else ".\n",
     }
 
 
@@ -294,7 +303,7 @@ def main() -> None:
     responder = RunResponder(run.recipe, weights)
     responder.batch = 32
     names = [c["name"] for c in read_questions()["classes"].values()]
-    responder.taught = [names, ["lung", "colon"], ["yes", "no"]]
+    responder.taught = [names, ["lung", "colon"], ["benign", "malignant"], ["yes", "no"]]
     kept = given.out / "calibration.json"
     if not shipped:
         temperature = round(fitted(likelihoods(responder, questions(rows))), 4)

@@ -3,8 +3,8 @@
     python benchmarks/mini_clip_data.py DATA mini-data
     python benchmarks/clover_mini_data.py mini-data/labels.csv clover-data
 
-Writes captions.csv (stage 1: image,caption,group) and instructions.json (stage 2: LLaVA's
-form, with the kind of question and the image's group) of the training groups; the other groups
+Writes captions.csv (stage 1: image,caption,group) and instructions.json (stage 2: LLaVA's form,
+with the kinds of its questions and the image's group) of the training groups; the other groups
 are written nowhere. What is asked, and how, is assets/clover-mini/questions.yaml. Labels are of
 patches, so descriptions say what is typical of a class, not what one image shows.
 """
@@ -25,17 +25,19 @@ from pathcli.yaml12 import parse_yaml
 QUESTIONS = Path(__file__).parents[1] / "assets" / "clover-mini" / "questions.yaml"
 LETTERS = "ABCDE"
 SHARES = {  # of the questions on one image
-    "tissue": 0.24,
+    "tissue": 0.22,
     "malignant": 0.2,
-    "benign": 0.14,
+    "benign": 0.13,
+    "status": 0.05,
     "named": 0.12,
     "organ": 0.03,
-    "either": 0.09,
-    "choice": 0.07,
-    "describe": 0.05,
-    "same": 0.06,
+    "either": 0.08,
+    "choice": 0.08,
+    "describe": 0.04,
+    "same": 0.05,
 }
 MORE = 8  # times as many questions on a colon patch, as there are few of them
+CASUAL = 0.2  # of the questions are in small letters, without a mark
 Row = dict[str, str]
 
 
@@ -63,6 +65,7 @@ class Asker:
             "tissue": name,
             "malignant": _yes(own["malignant"]),
             "benign": _yes(not own["malignant"]),
+            "status": "malignant" if own["malignant"] else "benign",
             "organ": own["organ"],
             "describe": _one(self.descriptions[label], rng),
         }
@@ -85,6 +88,11 @@ class Asker:
         return self.answer(kind, label, rng, _one(self.words[kind], rng))
 
 
+def casual(question: str) -> str:
+    """Return a question as people type it: no capital, no mark at the end."""
+    return (question[0].lower() + question[1:]).rstrip("?.")
+
+
 def _yes(right: bool) -> str:
     return "yes" if right else "no"
 
@@ -94,32 +102,55 @@ def _one(choices: Sequence[Any], rng: np.random.Generator) -> Any:  # noqa: ANN4
 
 
 def instructions(rows: Sequence[Row], asker: Asker, each: int, seed: int) -> Iterator[Any]:
-    """Yield `each` conversations of one question on every row's image."""
+    """Yield conversations on every row's image: `each` questions, one to three to a conversation.
+
+    A comparison of two images stands alone.
+    """
     rng = np.random.default_rng([5, seed])
     kinds, shares = list(SHARES), list(SHARES.values())
     for number, row in enumerate(rows):
         more = MORE if row["label"].startswith("colon") else 1
-        for index, kind in enumerate(rng.choice(kinds, each * more, p=shares).tolist()):
-            images = [row["image"]]
-            if kind == "same":
-                alike = rng.random() < 0.5
-                others = [r for r in rows if (r["label"] == row["label"]) == alike]
-                other = _one([r for r in others if r is not row], rng)
-                images.append(other["image"])
-                said = _one(asker.words[kind], rng), _yes(other["label"] == row["label"])
+        asked = rng.choice(kinds, each * more, p=shares).tolist()
+        alone = [[k] for k in asked if k == "same"]
+        for index, turns in enumerate(alone + _cut([k for k in asked if k != "same"], rng)):
+            if turns == ["same"]:
+                images, said = _compared(rows, row, asker, rng)
             else:
-                said = asker.ask(kind, row["label"], rng)
-            question = "<image>\n" * len(images) + said[0]
+                images, said = [row["image"]], [asker.ask(k, row["label"], rng) for k in turns]
+            said = [(casual(q) if rng.random() < CASUAL else q, a) for q, a in said]
+            shown = "<image>\n" * len(images)
             yield {
-                "id": f"{number}-{index}-{kind}",
+                "id": f"{number}-{index}-{'-'.join(turns)}",
                 "image": images if len(images) > 1 else images[0],
                 "conversations": [
-                    {"from": "human", "value": question},
-                    {"from": "gpt", "value": said[1]},
+                    {"from": who, "value": shown * (turn == 0 and who == "human") + words}
+                    for turn, pair in enumerate(said)
+                    for who, words in zip(("human", "gpt"), pair, strict=True)
                 ],
-                "kind": kind,
+                "kinds": turns,
                 "group": row["group"],
             }
+
+
+def _compared(
+    rows: Sequence[Row], row: Row, asker: Asker, rng: np.random.Generator
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return two images, the second of the same class half the time, and what is asked of them."""
+    alike = rng.random() < 0.5
+    others = [r for r in rows if (r["label"] == row["label"]) == alike and r is not row]
+    other = _one(others, rng)
+    asked = _one(asker.words["same"], rng), _yes(other["label"] == row["label"])
+    return [row["image"], other["image"]], [asked]
+
+
+def _cut(kinds: Sequence[str], rng: np.random.Generator) -> list[list[str]]:
+    """Return the kinds in pieces of one to three, as often each."""
+    pieces, at = [], 0
+    while at < len(kinds):
+        size = int(rng.integers(1, 4))
+        pieces.append(list(kinds[at : at + size]))
+        at += size
+    return pieces
 
 
 def captions(rows: Sequence[Row], asker: Asker) -> Iterator[Row]:
@@ -142,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--each", type=int, default=6, help="questions on an image")
+    parser.add_argument("--each", type=int, default=3, help="questions on an image")
     given = parser.parse_args()
     told = read_questions()
     asker, rows = Asker(told, "train"), read_rows(given.table, "train", told["classes"])

@@ -155,7 +155,7 @@ def records(each: int = 40, seed: int = 0) -> list[dict[str, Any]]:
 
 def test_whether_two_images_are_the_same_is_yes_half_the_time() -> None:
     of = {row["image"]: row["label"] for row in ROWS}
-    found = [r for r in records(80) if r["kind"] == "same"]
+    found = [r for r in records(80) if r["kinds"] == ["same"]]
     answers = []
     for record in found:
         question, answer = (turn["value"] for turn in record["conversations"])
@@ -169,13 +169,40 @@ def test_whether_two_images_are_the_same_is_yes_half_the_time() -> None:
 
 def test_kinds_have_their_shares_and_colon_is_asked_more() -> None:
     found = records()
-    counts = Counter(record["kind"] for record in found)
+    counts = Counter(kind for record in found for kind in record["kinds"])
     for kind, share in made.SHARES.items():
-        assert counts[kind] / len(found) == pytest.approx(share, abs=0.015)
-    assert len(found) == 40 * (60 + 40 * made.MORE)
+        assert counts[kind] / counts.total() == pytest.approx(share, abs=0.015)
+    assert counts.total() == 40 * (60 + 40 * made.MORE)
     for number, record in enumerate(found[:40]):
         assert record["group"] == ROWS[0]["group"], number
         assert "<image>\n" in record["conversations"][0]["value"]
+
+
+def test_conversations_have_one_to_three_questions_and_show_the_image_once() -> None:
+    found = records()
+    lengths = Counter(len(r["kinds"]) for r in found if r["kinds"] != ["same"])
+    assert set(lengths) == {1, 2, 3}
+    assert min(lengths.values()) > 0.25 * lengths.total()
+    for record in found:
+        asked = [turn["value"] for turn in record["conversations"][::2]]
+        assert {turn["from"] for turn in record["conversations"][::2]} == {"human"}
+        assert len(asked) == len(record["kinds"])
+        assert asked[0].startswith("<image>\n")
+        assert not any("<image>" in later for later in asked[1:])
+        assert "same" not in record["kinds"] or len(asked) == 1
+
+
+def test_a_fifth_of_the_questions_is_typed_as_people_do() -> None:
+    asked = [
+        turn["value"].rpartition("\n")[2]
+        for record in records(20)
+        for kind, turn in zip(record["kinds"], record["conversations"][::2], strict=True)
+        if kind in measured.MAIN
+    ]
+    small = [q for q in asked if q[0].islower()]
+    assert 0.18 < len(small) / len(asked) < 0.22
+    assert not any(q.endswith(("?", ".")) for q in small)
+    assert made.casual("Is it benign?") == "is it benign"
 
 
 def test_questions_follow_from_the_seed() -> None:
@@ -211,9 +238,10 @@ def test_images_of_other_splits_are_written_nowhere(written: Path) -> None:
     groups = {row["group"] for row in captions} | {r["group"] for r in told}
     assert groups == {f"train-{i}" for i in range(4)}
     assert len(captions) == 20
-    assert len(told) == 6 * (12 + 8 * made.MORE)
+    assert sum(len(r["kinds"]) for r in told) == 3 * (12 + 8 * made.MORE)
     unseen = {bare(w) for lists in TOLD["questions"].values() for w in lists["unseen"]}
-    said = {bare(r["conversations"][0]["value"].replace("<image>", "")) for r in told}
+    turns = chain(*(r["conversations"][::2] for r in told))
+    said = {bare(turn["value"].replace("<image>", "")) for turn in turns}
     assert not said & unseen
 
 
@@ -252,7 +280,7 @@ def test_images_are_asked_in_unseen_wordings_and_last_in_two_of_training() -> No
     assert [(a.kind, a.wording) for a in found[:5]] == [
         ("tissue", f"unseen wording {n}") for n in range(1, 6)
     ]
-    assert len(found) == 5 + 5 + len(measured.KINDS) + 2
+    assert len(found) == 5 + 5 + len(measured.KINDS) + 2 + 2
     assert [(a.kind, a.wording) for a in found[-2:]] == [
         (kind, "a wording of training") for kind in measured.MAIN
     ]
@@ -263,7 +291,8 @@ def test_images_are_asked_in_unseen_wordings_and_last_in_two_of_training() -> No
         for row, sample in zip(LUNG, one.samples, strict=True):
             assert sample.group == row["group"]
             assert sample.images[0] == row["image"]
-            assert any(re.fullmatch(form, sample.turns[0]) for form in forms), sample.turns
+            assert any(re.fullmatch(form, sample.turns[-1]) for form in forms), sample.turns
+    assert all(s.turns[1] == "lung" for one in found[-4:-2] for s in one.samples)
     for number in range(5):
         assert {s.turns for s in found[number].samples} == {(words["tissue"]["unseen"][number],)}
         answers = [s.answer for s in found[number].samples]

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 SCOPE = (
     "clover-mini was trained on patches of benign lung, lung adenocarcinoma and lung squamous "
     "cell carcinoma of one data set, and on a few of colon; it can say which tissue it is, and "
-    "whether it is malignant where that is asked in words it knows well (its card lists those in "
-    "which it is wrong), and little else"
+    "whether it is benign or malignant; of lettered choices and of two patches compared it is "
+    "often wrong, and it knows little else"
 )
 KEPT = 256 * 2**20  # bytes of image tokens that are kept for the next question
 
