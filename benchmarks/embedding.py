@@ -10,6 +10,7 @@ Ratios of processor time hold on a busy machine, too. Prints one JSON line.
     python benchmarks/embedding.py [--network micro|vit-b16|lite0] [--size 256] [--runs 5]
 """
 
+# ruff: noqa: E402 - cores are shared out before torch is imported
 from __future__ import annotations
 
 import argparse
@@ -21,6 +22,9 @@ import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from pathcli.device import share_cores
+
+share_cores()  # as the command does, before torch is imported
 import torch
 
 from pathcli.encoders import build_encoder

@@ -81,6 +81,9 @@ def embed(
     --size and --mpp the encoder's own tile is used.
     """
     from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.device import share_cores  # noqa: PLC0415
+
+    share_cores()  # before torch is imported
     from pathcli.encoders import build_encoder  # noqa: PLC0415
     from pathcli.encoders.embedding import Embedder  # noqa: PLC0415
     from pathcli.encoders.fleet import Fleet, devices_of  # noqa: PLC0415
