@@ -23,15 +23,6 @@ Pairs = Annotated[
         "published set's table.",
     ),
 ]
-Images = Annotated[
-    Path | None,
-    typer.Option(
-        "--images", help="Folder of the images [default: beside the table].", metavar="DIR"
-    ),
-]
-Format = Annotated[
-    str, typer.Option("--format", help="Layout, where it is not told by its columns.")
-]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to.", metavar="DIR")]
 Words = Annotated[
     int, typer.Option("--min-words", help="Least words of a caption; 0 for any.", min=0)
@@ -79,14 +70,13 @@ Agree = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn.", min=0)]
-Workers = Annotated[int, typer.Option("--workers", help="Threads that read images.", min=1)]
 OUT = Path("pathcli-out/clean")
 
 
 def clean(
     pairs: Pairs,
-    images: Images = None,
-    layout: Format = "auto",
+    images: o.Images = None,
+    layout: o.Format = "auto",
     out: Out = OUT,
     min_words: Words = 20,
     texts: Texts = "lexicon",
@@ -99,7 +89,7 @@ def clean(
     agree: Agree = 0,
     seed: Seed = 0,
     device: o.Device = "auto",
-    workers: Workers = 2,
+    workers: o.Workers = 2,
     json: o.Json = False,
 ) -> None:
     """Keep the pairs of human pathology, and say of each other one why it was dropped.

@@ -14,12 +14,6 @@ if TYPE_CHECKING:
 
 PARTIAL = 3
 
-Images = Annotated[
-    Path | None,
-    typer.Option(
-        "--images", help="Folder of the images or slides [default: beside the file].", metavar="DIR"
-    ),
-]
 Layout = Annotated[
     str, typer.Option("--format", help="Layout, where it is not told by its columns.")
 ]
@@ -51,7 +45,7 @@ def convert(
         ),
     ],
     layout: Layout = "auto",
-    images: Images = None,
+    images: o.Images = None,
     write_images: WriteImages = None,
     question: Annotated[
         str | None,
@@ -105,7 +99,7 @@ def check(
         list[Path], typer.Argument(help="Tables, folders or tar shards; each may be a split.")
     ],
     layout: Layout = "auto",
-    images: Images = None,
+    images: o.Images = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="Headers of images alone: nothing is decoded.")
     ] = False,
@@ -163,7 +157,7 @@ def review(
     ] = 200,
     seed: Annotated[int, typer.Option("--seed", help="Of the draw.", min=0)] = 0,
     layout: Layout = "auto",
-    images: Images = None,
+    images: o.Images = None,
     write_images: WriteImages = None,
     json: o.Json = False,
 ) -> None:

@@ -26,15 +26,6 @@ Captions = Annotated[
         help="Images and captions: CSV, JSON, JSONL, Parquet, tar shards, a folder; or PathGen's."
     ),
 ]
-Images = Annotated[
-    Path | None,
-    typer.Option(
-        "--images", help="Folder of the images [default: beside the table].", metavar="DIR"
-    ),
-]
-Format = Annotated[
-    str, typer.Option("--format", help="Layout, where it is not told by its columns.")
-]
 LanguageModel = Annotated[
     str | None,
     typer.Option(
@@ -93,8 +84,8 @@ DryRun = Annotated[
 
 def instruct(
     captions: Captions,
-    images: Images = None,
-    layout: Format = "auto",
+    images: o.Images = None,
+    layout: o.Format = "auto",
     model: LanguageModel = None,
     kinds: Kinds = "generated,template",
     questions: Questions = "describe-in-detail",

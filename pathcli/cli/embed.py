@@ -25,9 +25,6 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False)
 Tokens = Annotated[
     bool, typer.Option("--tokens", help="Keep one vector per image patch, not per tile.")
 ]
-Precision = Annotated[
-    str, typer.Option("--precision", help="float32, bfloat16 or float16 arithmetic.")
-]
 Devices = Annotated[
     str,
     typer.Option(
@@ -39,14 +36,6 @@ Devices = Annotated[
 Compiled = Annotated[
     bool, typer.Option("--compile", help="Translate the network by torch.compile first.")
 ]
-Batch = Annotated[int, typer.Option("--batch", help="Tiles per forward pass.", min=1)]
-Workers = Annotated[int, typer.Option("--workers", help="Threads that read.", min=1)]
-MaxBadTiles = Annotated[
-    float,
-    typer.Option(
-        "--max-bad-tiles", help="Share of unreadable tiles a slide may have.", min=0, max=1
-    ),
-]
 
 
 @app.command()
@@ -55,12 +44,12 @@ def embed(
     encoder: o.Encoder = "lite0",
     checkpoint: o.Checkpoint = None,
     tokens: Tokens = False,
-    precision: Precision = "float32",
+    precision: o.Precision = "float32",
     device: Devices = "auto",
     compiled: Compiled = False,
-    batch: Batch = 32,
-    workers: Workers = 2,
-    max_bad_tiles: MaxBadTiles = 0.01,
+    batch: o.Batch = 32,
+    workers: o.Workers = 2,
+    max_bad_tiles: o.MaxBadTiles = 0.01,
     size: o.Size = None,
     mpp: o.Mpp = None,
     step: o.Step = None,

@@ -84,6 +84,27 @@ Device = Annotated[
     str, typer.Option("--device", help="Where to compute.", metavar="auto|cpu|cuda[:N]|mps")
 ]
 
+Precision = Annotated[
+    str, typer.Option("--precision", help="float32, bfloat16 or float16 arithmetic.")
+]
+Batch = Annotated[int, typer.Option("--batch", help="Tiles per forward pass.", min=1)]
+Workers = Annotated[int, typer.Option("--workers", help="Threads that read.", min=1)]
+MaxBadTiles = Annotated[
+    float,
+    typer.Option(
+        "--max-bad-tiles", help="Share of unreadable tiles a slide may have.", min=0, max=1
+    ),
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        "--images", help="Folder of the images or slides [default: beside the file].", metavar="DIR"
+    ),
+]
+Format = Annotated[
+    str, typer.Option("--format", help="Layout, where it is not told by its columns.")
+]
+
 Runs = Annotated[Path, typer.Option("--out", help="Folder of run folders.", metavar="DIR")]
 ReportFolder = Annotated[
     Path, typer.Option("--out", help="Folder of the report's folder.", metavar="DIR")

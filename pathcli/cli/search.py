@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pathcli.cli import options as o
-from pathcli.cli.zeroshot import Workers, check_out
+from pathcli.cli.zeroshot import check_out
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,15 +36,6 @@ Duplicates = Annotated[
         max=1,
     ),
 ]
-Precision = Annotated[
-    str, typer.Option("--precision", help="float32, bfloat16 or float16 arithmetic.")
-]
-MaxBadTiles = Annotated[
-    float,
-    typer.Option(
-        "--max-bad-tiles", help="Share of unreadable tiles a slide may have.", min=0, max=1
-    ),
-]
 
 
 @app.command()
@@ -56,11 +47,11 @@ def search(
     duplicates: Duplicates = 0.88,
     encoder: o.Encoder = "mini-clip",
     checkpoint: o.Checkpoint = None,
-    precision: Precision = "float32",
+    precision: o.Precision = "float32",
     device: o.Device = "auto",
-    batch: Annotated[int, typer.Option("--batch", help="Tiles per forward pass.", min=1)] = 32,
-    workers: Workers = 2,
-    max_bad_tiles: MaxBadTiles = 0.01,
+    batch: o.Batch = 32,
+    workers: o.Workers = 2,
+    max_bad_tiles: o.MaxBadTiles = 0.01,
     size: o.Size = None,
     mpp: o.Mpp = None,
     step: o.Step = None,

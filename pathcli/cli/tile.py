@@ -36,15 +36,6 @@ PixelsFormat = Annotated[
         "--pixels-format", help="Images in WebDataset shards.", metavar="png|jpeg:QUALITY"
     ),
 ]
-MaxBadTiles = Annotated[
-    float,
-    typer.Option(
-        "--max-bad-tiles",
-        help="Share of unreadable tiles a slide may have when pixels are written.",
-        min=0,
-        max=1,
-    ),
-]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what it would take, and write nothing.")
 ]
@@ -66,8 +57,8 @@ def tile(
     save_pixels: SavePixels = None,
     pixels_out: PixelsOut = None,
     pixels_format: PixelsFormat = "png",
-    max_bad_tiles: MaxBadTiles = 0.01,
-    workers: Annotated[int, typer.Option("--workers", help="Threads that read pixels.", min=1)] = 2,
+    max_bad_tiles: o.MaxBadTiles = 0.01,
+    workers: o.Workers = 2,
     dry_run: DryRun = False,
     overview: o.Overview = True,
     geojson: o.GeoJSON = False,
