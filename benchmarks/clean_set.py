@@ -318,9 +318,8 @@ def main() -> None:
     dropped = [v.why for v in ByLexicon()([r["caption"] for r in records]) if v.out]
     line["captions"]["lexicon on PathGen"] = [len(dropped), len(records), dropped]
     if given.llm:
-        from pathcli.curation.models import open_model  # noqa: PLC0415
-
         from pathcli.curation.judges import ByLanguage  # noqa: PLC0415
+        from pathcli.curation.models import open_model  # noqa: PLC0415
 
         line["captions"][given.llm] = of_captions(ByLanguage(open_model(given.llm)))
     print(json.dumps(line))

@@ -206,6 +206,8 @@ def _tell(done: dict[str, Any], slides: list[Any], spent: list[Purse], *, json: 
         for text in (*one.warnings, one.fault):
             if text:
                 show.warn(f"{one.path}: {text}")
+    if not done["captions"]:
+        show.warn("no caption was made; dropped.csv says why")
     if json:
         told = {"requests": sum(each.requests for each in spent)}
         told |= {"tokens_read": sum(each.read for each in spent)}
