@@ -82,6 +82,15 @@ class Browser:
             assert time.monotonic() < until
             time.sleep(0.05)
 
+    def reload(self) -> None:
+        """Read the page anew, and wait until it is there."""
+        self.value("window.before = true")
+        self.call("Page.reload")
+        until = time.monotonic() + 30
+        while self.value("window.before || document.readyState") != "complete":
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
     def value(self, expression: str) -> Any:
         """Return what an expression is in the page."""
         told = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
