@@ -113,6 +113,8 @@ def test_validation_and_a_view_of_a_sample_need_no_images(
 
 def test_images_and_an_encoder_go_together(llama: str, images: Path, store: Store) -> None:
     blind = {"encoder": NoEncoder(), "connector": NoConnector}
+    seen = NoEncoder().encode(torch.ones(3, 4, 4, 3, dtype=torch.uint8))
+    assert (seen.shape, seen.dtype) == ((3, 0, 0), torch.float32)
     with pytest.raises(UsageError, match="the samples have images: give encoder and connector"):
         task(llama, Corpus(four(images), [], "abc"), store, **blind)
     words = Corpus([Sample("a", (), "no", ("Is it?",))], [], "abc")

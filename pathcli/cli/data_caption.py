@@ -90,10 +90,6 @@ Duplicates = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of every draw.", min=0)]
-Budget = Annotated[
-    float | None, typer.Option("--budget", help="Most to spend at endpoints.", metavar="USD")
-]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write to.", metavar="DIR")]
 Requests = Annotated[
     int, typer.Option("--workers", help="Threads that read tiles; requests at once.", min=1)
 ]
@@ -116,12 +112,12 @@ def caption(
     tissue: o.Tissue = "otsu",
     min_tissue: o.MinTissue = 0.5,
     slide_mpp: o.SlideMpp = None,
-    budget: Budget = None,
+    budget: o.Usd = None,
     price: o.Price = None,
     workers: Requests = 4,
     device: o.Device = "auto",
     store: o.StoreRoot = None,
-    out: Out = o.OUT / "captions",
+    out: o.Folder = o.OUT / "captions",
     json: o.Json = False,
 ) -> None:
     """Choose patches of slides and have models caption them (PathGen).
@@ -265,7 +261,7 @@ def corrupt(
         float, typer.Option("--untouched", help="Share of captions left right.", min=0, max=1)
     ] = 0.15,
     seed: Seed = 1,
-    budget: Budget = None,
+    budget: o.Usd = None,
     price: o.Price = None,
     workers: Requests = 4,
     store: o.StoreRoot = None,

@@ -23,7 +23,6 @@ Pairs = Annotated[
         "published set's table.",
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write to.", metavar="DIR")]
 Words = Annotated[
     int, typer.Option("--min-words", help="Least words of a caption; 0 for any.", min=0)
 ]
@@ -77,7 +76,7 @@ def clean(
     pairs: Pairs,
     images: o.Images = None,
     layout: o.Format = "auto",
-    out: Out = OUT,
+    out: o.Folder = OUT,
     min_words: Words = 20,
     texts: Texts = "lexicon",
     llm: Llm = None,

@@ -70,13 +70,6 @@ Rpm = Annotated[
 Tpm = Annotated[
     float | None, typer.Option("--tpm", help="Most tokens a minute.", metavar="N", min=1)
 ]
-Usd = Annotated[
-    float | None,
-    typer.Option(
-        "--budget", help="Most to spend; then it stops, and goes on another time.", metavar="USD"
-    ),
-]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write to.", metavar="DIR")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Ask nothing: say what it would ask and cost.")
 ]
@@ -97,12 +90,12 @@ def instruct(
     workers: Workers = 4,
     rpm: Rpm = None,
     tpm: Tpm = None,
-    budget: Usd = None,
+    budget: o.Usd = None,
     price: o.Price = None,
     dry_run: DryRun = False,
     device: o.Device = "auto",
     store: o.StoreRoot = None,
-    out: Out = OUT,
+    out: o.Folder = OUT,
     json: o.Json = False,
 ) -> None:
     """Make questions and answers of captions, to train on (CLOVER).

@@ -106,6 +106,7 @@ Format = Annotated[
 ]
 
 Runs = Annotated[Path, typer.Option("--out", help="Folder of run folders.", metavar="DIR")]
+Folder = Annotated[Path, typer.Option("--out", help="Folder to write to.", metavar="DIR")]
 ReportFolder = Annotated[
     Path, typer.Option("--out", help="Folder of the report's folder.", metavar="DIR")
 ]
@@ -130,6 +131,15 @@ MaxTokens = Annotated[
     typer.Option("--max-tokens", help="Most tokens of an answer [default: the model's].", min=1),
 ]
 
+Usd = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        help="Most to spend at endpoints; then it stops, and goes on another time.",
+        metavar="USD",
+        min=0,
+    ),
+]
 Price = Annotated[
     str | None,
     typer.Option(

@@ -65,15 +65,6 @@ Judge = Annotated[
         "--judge", help="A language model marks open answers, 1-10.", metavar="http://HOST/v1#NAME"
     ),
 ]
-Usd = Annotated[
-    float | None,
-    typer.Option(
-        "--budget",
-        help="Most to spend at endpoints; needs --price. What was answered is kept.",
-        metavar="USD",
-        min=0,
-    ),
-]
 Tokens = Annotated[
     str | None,
     typer.Option(
@@ -103,7 +94,7 @@ def vqa_eval(
     permute: Permute = 1,
     blind: Blind = False,
     judge: Judge = None,
-    budget: Usd = None,
+    budget: o.Usd = None,
     price: o.Price = None,
     tokens: Tokens = None,
     device: o.Device = "auto",

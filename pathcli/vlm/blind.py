@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor, float32, nn
 
 from pathcli.types import WHOLE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from pathcli.types import ByteArray
 
 
 class NoEncoder:
-    """Sees no images."""
+    """Sees nothing: no tokens of any image; see `pathcli.types.Encoder`."""
 
     name = id = "none"
     input_px, native, native_source = 1, WHOLE, "there is nothing to see"
@@ -25,8 +25,8 @@ class NoEncoder:
         """Read nothing."""
 
     def encode(self, images: Tensor) -> Tensor:
-        """Refuse: nobody asks it."""
-        raise NotImplementedError
+        """Return float32 [b, 0, 0] for uint8 images [b, h, w, 3]: no token of no width."""
+        return images.new_zeros((len(images), *self.row_shape), dtype=float32)
 
 
 class NoConnector(nn.Module):
@@ -51,7 +51,3 @@ class NoConnector(nn.Module):
     def start(self) -> Mapping[str, Any]:
         """See `Connector.start`."""
         return {"kind": "none"}
-
-    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Refuse: it reads nothing."""
-        raise NotImplementedError
