@@ -205,6 +205,9 @@ def test_a_decision_made_in_the_browser_comes_back_in_the_file(
     chromium.press("Escape")
     assert chromium.value(shown) == "Nerve"
 
+    stored = "JSON.parse(Object.values(localStorage)[0]).made"
+    assert len(chromium.value(stored)) == 3
+    chromium.value("localStorage.clear()")  # as a browser that is slow to keep what it is told
     chromium.reload()
     assert count(chromium) == "decided 3: 1 kept, 1 edited, 1 dropped"  # progress was kept
     chromium.click("#export")

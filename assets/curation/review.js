@@ -4,14 +4,22 @@ const $ = (id) => document.getElementById(id);
 let at = 0;
 let made = {}; // id -> {decision, text}
 let kept = true; // whether the browser keeps progress
+function newest(...states) { // the storage is for tomorrow, the history's state for a reload at once
+  return states.filter((each) => each && each.key === key).sort((a, b) => b.time - a.time)[0] || {};
+}
 try {
-  const saved = JSON.parse(localStorage.getItem(key) || "{}");
+  const saved = newest(JSON.parse(localStorage.getItem(key) || "null"), history.state);
   made = saved.made || {};
   at = Math.min(saved.at || 0, records.length - 1);
 } catch { kept = false; }
 
 function save() {
-  try { localStorage.setItem(key, JSON.stringify({ at, made })); kept = true; } catch { kept = false; }
+  const state = { key, time: Date.now(), at, made };
+  try {
+    localStorage.setItem(key, JSON.stringify(state));
+    history.replaceState(state, "");
+    kept = true;
+  } catch { kept = false; }
 }
 
 function element(kind, properties) { return Object.assign(document.createElement(kind), properties); }
