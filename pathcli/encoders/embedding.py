@@ -21,7 +21,6 @@ from pathcli.errors import BusyError, DataError, PathcliError, ResourceError
 from pathcli.slides.readers import open_slide
 from pathcli.slides.tiling import TileRun, refuse_if_bad, summary, tile_slide
 from pathcli.store import Store
-from pathcli.store.files import part_path
 from pathcli.types import Encoder, Key, silent
 
 if TYPE_CHECKING:
@@ -173,7 +172,7 @@ class Embedder:
             run = tile_slide(slide, spec or self.encoder.native, self.store, **tiling)
             key = replace(run.tiles.key, encoder=self.encoder.id)
             rows, n = SlideRows(slide, run.tiles, self.max_bad_tiles), len(run.tiles)
-            begun = key in self.store.features or part_path(self.store.features.path(key)).exists()
+            begun = key in self.store.features or self.store.features.begun(key)
             reader = None if begun or self._fault or not n else self._reader(rows, n)
         except BaseException:
             slide.close()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import platformdirs
 
 from pathcli.errors import DataError, ResourceError
-from pathcli.store.files import disk_errors, write_bytes
+from pathcli.store.files import disk_errors, part_path, write_bytes
 from pathcli.store.hdf5 import FeatureWriter, feature_shape, read_features, read_tiles, write_tiles
 from pathcli.store.lease import lease
 from pathcli.types import Features, Key, SlideInfo, Tiles
@@ -103,6 +103,10 @@ class FeatureEntries(Entries[Features]):
             return read_features(self.path(key), mapped=True)
         except FileNotFoundError:
             raise KeyError(key) from None
+
+    def begun(self, key: Key) -> bool:
+        """Tell whether a run that was stopped left an entry to be resumed."""
+        return part_path(self.path(key)).exists()
 
     def having(self, encoder: str, tiles: str) -> list[Key]:
         """Return the keys of all entries of one encoder and one tile specification."""
