@@ -283,9 +283,9 @@ def judges(given: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         yield given.encoder, ByEncoder(encoder)
     if given.vlm:
         from pathcli.curation.judges import ByVision  # noqa: PLC0415
-        from pathcli.vlm.responders import open_responder  # noqa: PLC0415
+        from pathcli.curation.models import open_model  # noqa: PLC0415
 
-        yield given.vlm, ByVision(open_responder(given.vlm))
+        yield given.vlm, ByVision(open_model(given.vlm, unfamiliar="keep"))
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ TOP = 20
 """Likeliest first tokens that are asked for: the most an endpoint of this form gives."""
 _SILENT = 8  # conversations in a row without answer, at least, after which nobody is there
 _NO_SCHEMA = re.compile(r"(?i)response_format|json.schema|structured output")
+_NO_TEMPERATURE = re.compile(r"(?i)\btemperature\b")
 _OWN = {
     "content filter": re.compile(r"(?i)content.?filter|content.?(management.)?policy|moderation"),
     "too long": re.compile(r"(?i)context.?(length|window)|maximum context|too (long|many tokens)"),
@@ -90,6 +91,7 @@ class Client:
         self.base = self._wire.base
         self._limit = "max_tokens"  # as vLLM and Ollama call it
         self._schemas = True  # as long as it has not refused one
+        self._greedy = True  # as long as it has not refused a temperature of 0
         self._asking: dict[str, threading.Lock] = {}
 
     @cached_property
@@ -178,16 +180,17 @@ class Client:
                 raise ResourceError(msg)
             yield reply
 
-    def knows(
+    def known(
         self,
         messages: Sequence[Message],
         *,
         schema: Mapping[str, Any] | None = None,
         **settings: Any,  # noqa: ANN401 - JSON
-    ) -> bool:
-        """Return whether an answer is kept already, so that asking costs nothing."""
+    ) -> Reply | None:
+        """Return the reply that is kept already, None if asking would cost something."""
         key = self._key(messages, _given(settings), schema)
-        return self.kept is not None and self.kept.get(key) is not None
+        found = self.kept.find(key) if self.kept else None
+        return Reply(found.text, found.fault) if found else None
 
     def first_tokens(self, messages: Sequence[Message]) -> dict[str, float] | None:
         """Return log-probabilities of the likeliest first tokens; None if the endpoint has none.
@@ -258,8 +261,10 @@ class Client:
             return self._paid(messages, read, given, schema, key)
         with self._asking.setdefault(key, threading.Lock()):  # the same at once is paid once
             try:
-                if (text := self.kept.get(key)) is not None:
-                    return Reply(text, self.kept.fault(key))
+                if found := self.kept.find(key):
+                    if self.kept.earlier(key):
+                        self.budget.count_before(found.read, found.written)
+                    return Reply(found.text, found.fault)
                 return self._paid(messages, read, given, schema, key)
             finally:
                 self._asking.pop(key, None)
@@ -273,19 +278,20 @@ class Client:
         key: str,
     ) -> Reply:
         """Ask, count and keep."""
-        self.budget.begin()
-        found = self._complete(messages, given, schema)
-        try:
-            choice = found["choices"][0]
-            text = str(read(choice))
-            used = _used(found.get("usage") or {}, tokens_of(messages), len(text))
-            fault = _fault(choice, used.written)
-        except (TypeError, KeyError, IndexError, AttributeError):
-            raise self._wire.strange(found) from None
-        self.budget.count(*used)
+        most = int(given.get("max_tokens") or 0)
+        with self.budget.request(tokens_of(messages), most) as count:
+            found = self._complete(messages, given, schema)
+            try:
+                choice = found["choices"][0]
+                text = str(read(choice))
+                used = _used(found.get("usage") or {}, tokens_of(messages), len(text))
+                fault = _fault(choice, used.written)
+            except (TypeError, KeyError, IndexError, AttributeError):
+                raise self._wire.strange(found) from None
+            count(*used)
         self._wire.pace.settle(_most(messages, given) - sum(used))
         if self.kept is not None:
-            facts = {"model": self.model, "tokens": sum(used)} | ({"fault": fault} if fault else {})
+            facts = {"model": self.model, **used._asdict()} | ({"fault": fault} if fault else {})
             self.kept.put(key, text, **facts)
         return Reply(text, fault)
 
@@ -295,6 +301,8 @@ class Client:
         """Send a conversation, in such words and with such switches as this endpoint takes."""
         limit, switch = self._limit, schema is not None and self._schemas
         body = {limit if name == "max_tokens" else name: value for name, value in given.items()}
+        if not self._greedy and body.get("temperature") == 0:
+            del body["temperature"]
         if switch:
             named = {"name": "reply", "schema": schema, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": named}
@@ -311,6 +319,10 @@ class Client:
                 if self._schemas:  # of several at once, one says so
                     log.warning("%s takes no JSON schema; it is told the form in words", self.base)
                 self._schemas = False
+            elif body.get("temperature") == 0 and _NO_TEMPERATURE.search(str(error)):
+                if self._greedy:
+                    log.warning("%s takes no temperature of 0; it is asked with its own", self.base)
+                self._greedy = False
             else:
                 raise
         return self._complete(messages, given, schema)

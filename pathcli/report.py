@@ -28,6 +28,7 @@ h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-top: .8rem;
      border-top: 1px solid var(--line); }
 p { max-width: 46rem; } p.notice { color: #9a3412; font-weight: 600; }
+p.alert { color: #c40000; font-weight: 600; }
 table { border-collapse: collapse; margin: .8rem 0; font-size: .92rem; }
 th, td { text-align: left; padding: .3rem 1.2rem .3rem 0; vertical-align: top;
          border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
@@ -61,11 +62,12 @@ class Picture:
 class Section:
     """A heading, a sentence or two, a command, a table of flat rows, charts and pictures.
 
-    `charts` are SVG texts, as `pathcli.charts` draws them.
+    `charts` are SVG texts, as `pathcli.charts` draws them; `alert` is a sentence in red.
     """
 
     title: str
     text: str = ""
+    alert: str = ""
     code: str = ""
     rows: Sequence[Mapping[str, Any]] = ()
     charts: Sequence[str] = ()
@@ -128,6 +130,8 @@ def _section(section: Section) -> str:
     parts = [f"<h2>{html.escape(section.title)}</h2>"]
     if section.text:
         parts.append(f"<p>{html.escape(section.text)}</p>")
+    if section.alert:
+        parts.append(f'<p class="alert">{html.escape(section.alert)}</p>')
     if section.code:
         parts.append(f"<pre>{html.escape(section.code)}</pre>")
     if section.rows:

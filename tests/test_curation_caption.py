@@ -16,7 +16,8 @@ from test_llm import said as answered
 
 from pathcli.curation.caption import agents
 from pathcli.curation.caption.agents import Patch, asked, prompts
-from pathcli.curation.models import Reply
+from pathcli.curation.caption.texts import attributes_of
+from pathcli.curation.models import Reply, open_model
 from pathcli.errors import ResourceError
 from pathcli.llm import Client, Message
 from pathcli.types import Region
@@ -30,7 +31,7 @@ GOOD = "red cells"
 class Scripted:
     """A model that says what stands in a list, or what a function makes of the last turn."""
 
-    name, digest = "scripted", "0f"
+    name, digest, takes_schema = "scripted", "0f", False
 
     def __init__(self, *replies: str | Reply, by: Callable[[str], str] | None = None) -> None:
         self.replies, self.by = list(replies), by
@@ -252,7 +253,7 @@ def test_no_caption_is_longer_than_clip_reads() -> None:
 class Endpoint:
     """A model behind an endpoint: what cannot be had after all tries is a fault of one patch."""
 
-    name = "endpoint"
+    name, takes_schema = "endpoint", False
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -296,3 +297,28 @@ def test_an_endpoint_that_is_busy_slow_or_unwilling_costs_no_other_patch_its_cap
     (still, *_) = list(agents.revised([mended], model, WORDS))
     assert still.caption == "blue cells"
     assert "no answer within 0.05 s" in still.steps[2]["fault"]
+
+
+def test_an_endpoint_is_given_the_form_of_what_it_is_to_reply(
+    server: Server, patches: list[Patch]
+) -> None:
+    model = open_model(f"{server.url}#tiny", workers=1)
+    swap = edit(op="modify", text="red", to="blue")
+    server.next = [answered(f'{{"operations": {swap}}}')]
+    patches[0].caption = GOOD
+    (patch,) = agents.revised(patches[:1], model, WORDS)
+    assert (patch.caption, len(server.bodies)) == ("blue cells", 1)
+    form = server.bodies[0]["response_format"]["json_schema"]
+    assert form["strict"]
+    kinds = form["schema"]["properties"]["operations"]["items"]["anyOf"]
+    assert [kind["required"] for kind in kinds] == [
+        ["op", "text", "after"],
+        ["op", "text"],
+        ["op", "text", "to"],
+    ]
+    server.next = [answered('Here they are:\n```json\n["red"]\n```')]
+    assert attributes_of("any", model, WORDS) == ("red",)
+    assert server.bodies[1]["response_format"]["json_schema"]["schema"]["required"] == ["texts"]
+    server.next = [answered(GOOD)]
+    list(agents.described(patches[1:2], model, WORDS))
+    assert "response_format" not in server.bodies[2]

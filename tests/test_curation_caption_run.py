@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,8 +22,8 @@ from pathcli.curation.caption.retriever import Retriever
 from pathcli.curation.caption.revise import apply, read_edits
 from pathcli.curation.caption.select import Choice
 from pathcli.curation.caption.texts import Reports
-from pathcli.curation.local import UNFAMILIAR, VisionModel
-from pathcli.curation.models import Reply
+from pathcli.curation.local import VisionModel
+from pathcli.curation.models import UNFAMILIAR, Reply, Unfamiliar
 from pathcli.data.formats import Source, samples
 from pathcli.data.images import read_image
 from pathcli.encoders.embedding import Embedder
@@ -31,7 +32,7 @@ from pathcli.llm import Message, Picture
 from pathcli.slides.tiling import tile_spec
 from pathcli.store import Store
 from pathcli.types import Region, Sample
-from pathcli.vlm.responders import Decoding
+from pathcli.vlm.responders import Decoding, Unfinished
 
 # --- a model of this machine -------------------------------------------------------------
 
@@ -41,6 +42,7 @@ class Echo:
 
     name, scope, digest, batch = "echo", "", "echo", 2
     decoding, temperature, taught = Decoding(), None, ()
+    kind: type[str] = str
 
     def __init__(self) -> None:
         self.seen: list[Sample] = []
@@ -55,7 +57,8 @@ class Echo:
             raise DataError(msg)
         self.seen += samples
         assert decoding is not None
-        yield from (f"{len(s.images)} {s.turns[-1]} {decoding.max_new_tokens}" for s in samples)
+        made = (f"{len(s.images)} {s.turns[-1]} {decoding.max_new_tokens}" for s in samples)
+        yield from map(self.kind, made)
 
 
 def test_a_model_of_this_machine_is_asked_once_and_knows_what_it_does_not_know(
@@ -80,6 +83,31 @@ def test_a_model_of_this_machine_is_asked_once_and_knows_what_it_does_not_know(
     assert echo.seen[1].turns == ("<image>\na", "b", "c")
     assert ask() == first
     assert len(echo.seen) == 2
+
+
+def test_what_a_model_does_not_know_is_answered_with_a_note_where_that_is_wanted(
+    tmp_path: Path,
+) -> None:
+    strange, echo = Picture(b"\x89PNG b"), Echo()
+    echo.strange = {strange.data}
+    said, store = [[agents.user(strange, "q")]], Store(tmp_path)
+    keeps = VisionModel(echo, store=store, unfamiliar="keep")  # type: ignore[arg-type]
+    told = Reply("1 <image>\nq 7", note=UNFAMILIAR)
+    for _ in range(2):
+        assert list(keeps.ask_all(said, max_tokens=7)) == [told]
+    assert len(echo.seen) == 1
+    drops = VisionModel(echo, store=store)  # type: ignore[arg-type]
+    assert list(drops.ask_all(said, max_tokens=7)) == [Reply("", UNFAMILIAR)]
+    again = VisionModel(echo, store=store, unfamiliar="keep")  # type: ignore[arg-type]
+    assert list(again.ask_all(said, max_tokens=7)) == [told]
+    assert (len(echo.seen), again.budget.before.requests) == (1, 1)
+
+
+def test_an_answer_that_the_limit_ended_is_cut_off() -> None:
+    echo = Echo()
+    echo.kind = Unfinished
+    (reply,) = VisionModel(echo).ask_all([[agents.user("q")]], max_tokens=7)  # type: ignore[arg-type]
+    assert reply == Reply("0 q 7", "cut off at 7 tokens")
 
 
 # --- from slides to files ----------------------------------------------------------------
@@ -204,6 +232,30 @@ def test_a_run_that_was_stopped_leaves_nothing_whole_and_asks_only_for_the_rest(
     assert Colours.passes == passes
 
 
+def test_captions_of_what_a_model_does_not_know_are_marked_wherever_they_stand(
+    store: Store, slide_path: Path, tmp_path: Path
+) -> None:
+    class Lost(Echo):
+        def unfamiliar(self, images: Sequence[Any]) -> list[Any]:
+            return list(images)
+
+    def run(unfamiliar: Unfamiliar) -> tuple[dict[str, Any], Path]:
+        agent, out = VisionModel(Lost(), unfamiliar=unfamiliar), tmp_path / unfamiliar  # type: ignore[arg-type]
+        made = pipeline(store, Agents(describe=agent), attributes())
+        return caption_slides([(slide_path, None, "given")], made, out), out
+
+    done, out = run("drop")
+    assert (done["captions"], {*done["dropped"]}) == (0, {"no description"})
+    done, out = run("keep")
+    assert done["captions"] == done["agents"][f"captions {UNFAMILIAR}"] > 0
+    (record, *_) = json.loads((out / "captions.json").read_text())
+    assert record["unfamiliar"] == UNFAMILIAR
+    trace = json.loads((out / "traces.jsonl").read_text().splitlines()[0])
+    assert trace["steps"][0]["note"] == trace["unfamiliar"] == UNFAMILIAR
+    alert = f'<p class="alert">The caption is {UNFAMILIAR}.</p>'
+    assert (out / "report.html").read_text().count(alert) == done["captions"]
+
+
 def test_a_prompt_agent_that_names_no_attributes_stops_before_anything_is_asked(
     store: Store,
 ) -> None:
@@ -255,6 +307,14 @@ def test_rows_that_were_not_read_are_told_by_the_command(tmp_path: Path, run: Ru
     path = tmp_path / "a.csv"
     path.write_text("image,caption\na.png,Small nuclei are seen.\ngone.png,Large ones.\n")
     code, out, err = run("data", "corrupt", str(path), str(tmp_path / "o.json"), "--json")
-    assert code == 0
-    assert json.loads(out)["not read"] == {"no such image file": 1}
+    told = json.loads(out)
+    assert (code, told["not read"]) == (0, {"no such image file": 1})
     assert "no such image file" in err
+    assert "Research use only" in told["notice"]
+    assert told["wrong"] + told["left right"] == told["written"] == 1
+    assert "gone.png" in (tmp_path / "o.dropped.csv").read_text()
+    assert json.loads((tmp_path / "o.report.json").read_text())["written"] == 1
+    facts = json.loads((tmp_path / "o.provenance.json").read_text())
+    assert facts["input_digest"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (facts["seed"], facts["model"]) == (1, "none")
+    assert "Small nuclei" in (tmp_path / "o.report.html").read_text() or told["left right"]

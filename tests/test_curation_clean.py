@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,15 +13,12 @@ from PIL import Image
 
 from pathcli.curation.agreement import Drawn, agreement
 from pathcli.curation.clean import Judges, clean
-from pathcli.curation.clean_report import facts, summary, write_report
+from pathcli.curation.clean_report import facts, write_report
 from pathcli.curation.duplicates import Looks, Seen, looks
-from pathcli.curation.judges import ByColour, ByEncoder, ByLanguage, ByLexicon, ByVision, Verdict
+from pathcli.curation.judges import ByColour, ByEncoder, ByLexicon, Verdict
 from pathcli.curation.species import read_lexicon
 from pathcli.data.formats import Source, samples
 from pathcli.errors import DataError, UsageError
-from pathcli.store.responses import Responses
-from pathcli.types import Sample
-from pathcli.vlm.responders import Decoding
 
 LONG = "This section of the colon shows crooked glands with crowded dark nuclei and much mucin"
 
@@ -272,69 +267,7 @@ def test_wrong_names_are_refused(tmp_path: Path) -> None:
         clean(source, tmp_path / "out", Judges(), layout="llava")
 
 
-# --- models ------------------------------------------------------------------------------
-
-
-class Says:
-    """A vision-language model that answers by what is in the image's name."""
-
-    name, digest, batch, decoding = "says", "0" * 64, 2, Decoding()
-
-    def __init__(self, answers: dict[str, str]) -> None:
-        self.answers, self.asked = answers, 0
-
-    def answer(self, samples: list[Sample], decoding: object = None) -> Iterator[str]:
-        for sample in samples:
-            self.asked += 1
-            yield self.answers.get(Path(sample.images[0]).name, "Yes.")
-
-
-class Replies:
-    """A language model that answers by what is in the caption."""
-
-    name = "replies"
-
-    def ask_all(self, conversations: Iterable[Any], *, max_tokens: int = 512) -> Iterator[Any]:
-        for messages in conversations:
-            caption = messages[0].content[0].rpartition("Caption: ")[2]
-            yield self if "broken" in caption else Reply("Yes" if "mice" in caption else "No.")
-
-    text, fault = "", "timed out"
-
-
-class Reply:
-    fault = ""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-
-def test_models_decide_where_they_are_named_and_are_asked_once(tmp_path: Path) -> None:
-    source, out = mixed(tmp_path / "in"), tmp_path / "out"
-    says = Says({"a.png": "No, a drawing.", "b.png": "Hm.", "night.png": "yes"})
-    judges = Judges(
-        texts=ByLanguage(Replies()), images=ByVision(says, Responses(out / "responses.jsonl"))
-    )
-    done = clean(source, out, judges, copies="none")
-    assert dict(done.dropped) == {
-        "not human": 1,
-        "short caption": 1,
-        "not pathology": 2,
-        "image cannot be read": 1,
-        "no such image file": 1,
-    }
-    assert done.undecided["says"] == 1
-    first = says.asked
-    table_again = Source(source.path)
-    again = ByVision(says, Responses(out / "responses.jsonl"))
-    assert clean(table_again, out, Judges(images=again), copies="none").kept == done.kept + 1
-    assert says.asked == first
-
-
-def test_a_fault_is_no_verdict() -> None:
-    found = ByLanguage(Replies())(["broken", "of mice", "{odd} braces"])
-    assert [verdict.out for verdict in found] == [None, True, False]
-    assert found[0].why == "timed out"
+# --- an encoder -------------------------------------------------------------------------
 
 
 def test_an_encoder_drops_what_is_nearer_to_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,21 +309,6 @@ def test_a_drawn_sample_is_uniform() -> None:
             drawn.offer(value)
         counts[drawn.found] += 1
     assert abs(counts - 500).max() < 100  # 5 standard deviations
-
-
-def test_a_sample_compares_cheap_with_dear_and_the_report_says_so(tmp_path: Path) -> None:
-    says = Says({"chart.png": "No.", "night.png": "Yes."})
-    judges = Judges(ByLexicon(), ByColour(), ByLanguage(Replies()), ByVision(says), agree=50)
-    done = clean(mixed(tmp_path / "in"), tmp_path / "out", judges)
-    assert done.agreements["images"].table == ((4, 1), (0, 1))  # copies of a batch, too
-    assert done.agreements["texts"].table[1] == (0, 1)
-    page = write_report(done, facts(judges, {"seed": 0}), "pathcli data clean").read_text()
-    assert "Research use only" in page
-    assert "near.jpg" in page
-    told = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert told == json.loads(json.dumps(summary(done)))
-    assert told["agreement"]["images"]["precision"]["value"] == 0.5
-    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["judges"]["texts"]
 
 
 def test_the_rule_says_why() -> None:

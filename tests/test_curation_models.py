@@ -11,7 +11,7 @@ from tiny_language import tiny_llama
 
 from pathcli.curation.local import Draw, LanguageModel
 from pathcli.curation.models import estimate, open_model, price_of
-from pathcli.endpoints import Price
+from pathcli.endpoints import Price, spent
 from pathcli.errors import ResourceError, UsageError
 from pathcli.llm import Message, Picture, Reply
 from pathcli.store import Store
@@ -43,8 +43,8 @@ def test_an_endpoint_keeps_answers_in_the_store_and_stops_at_its_budget(
     body = {"choices": [{"message": {"content": "x"}, "finish_reason": "length"}], "usage": usage}
     server.answer = lambda _: (200, body, {})
     talks = [talk(str(i)) for i in range(5)]
-    model = open_model(name, store=store, budget=0.5, workers=1, price=Price(1, 1))
-    with pytest.raises(ResourceError, match=r"budget of 0\.5 USD is spent .* kept"):
+    model = open_model(name, store=store, budget=0.7, workers=1, price=Price(1, 1))
+    with pytest.raises(ResourceError, match=r"budget of 0\.7 USD is spent, or has no room .* kept"):
         list(model.ask_all(talks))
     assert (len(server.bodies), model.budget.usd) == (3, pytest.approx(0.6))
     again = open_model(name, store=store, price=Price(1, 1))
@@ -54,6 +54,8 @@ def test_an_endpoint_keeps_answers_in_the_store_and_stops_at_its_budget(
     assert len(server.bodies) == 3
     assert list(again.ask_all(talks)) == [Reply("x", "cut off at 100000 tokens")] * 5
     assert len(server.bodies) == 5
+    assert again.budget.usd == pytest.approx(0.4)
+    assert spent([again.budget])["before"]["usd"] == pytest.approx(0.6)
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +76,11 @@ def test_a_language_model_draws_the_same_words_in_any_company(folder: Path, tmp_
     assert list(model.ask_all(talks, max_tokens=6)) != both
     kept = LanguageModel(str(folder), store=Store(tmp_path), device="cpu")
     first = list(kept.ask_all(talks, max_tokens=6))
-    spent = kept.budget.requests
-    assert kept.knows(talks[0], max_tokens=6)
-    assert not kept.knows(talks[0], max_tokens=7)
+    spent = kept.budget.now.requests
+    assert kept.known(talks[0], max_tokens=6)
+    assert not kept.known(talks[0], max_tokens=7)
     assert list(kept.ask_all(talks, max_tokens=6)) == first
-    assert (spent, kept.budget.requests) == (2, 2)
+    assert (spent, kept.budget.now.requests) == (2, 2)
 
 
 def test_what_a_language_model_cannot_read_is_a_fault_or_refused(folder: Path) -> None:

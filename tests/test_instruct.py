@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import signal
@@ -288,10 +289,12 @@ def test_a_killed_run_goes_on_and_nothing_is_paid_twice(
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
     assert not (out / "clover.json").exists()
+    assert len([*out.glob(".*.part")]) == 3
     go.set()
     settings = Settings(kinds=("generated",), form="json")
     made = instruct(Source(path), out, open_model(name, store=Store(store), workers=2), settings)
     assert made.data.kept["generated"] == 12
+    assert {path.name for path in out.iterdir()} == {"clover.json", "llava.json", "dropped.csv"}
     assert Counter(paid) == Counter(f"Skin with glands, part {n}" for n in range(12))
     assert len(json.loads((out / "clover.json").read_text())) == 12
     asked = server.bodies[-1]["response_format"]["json_schema"]
@@ -322,7 +325,7 @@ def test_the_command_estimates_stops_at_its_budget_and_reports(
 
     code, told = run("--dry-run")
     assert (code, told["requests"], told["kept"], len(server.bodies)) == (0, 4, 0, 0)
-    code, told = run("--budget", "0.003")
+    code, told = run("--budget", "0.0045")
     assert (code, len(server.bodies)) == (5, 2)
     assert not (out / "clover.json").exists()
     code, told = run()
@@ -331,7 +334,12 @@ def test_the_command_estimates_stops_at_its_budget_and_reports(
     page = (out / "report.html").read_text()
     for text in ("Research use only", "skin", "words of an answer", "On the iileft.", "numbers"):
         assert text in page
-    assert json.loads((out / "provenance.json").read_text())["prompt"]["form"] == "json"
+    before = {"requests": 2, "tokens_read": 2000, "tokens_written": 2000, "usd": 0.004}
+    assert told["before"] == before
+    facts = json.loads((out / "provenance.json").read_text())
+    assert facts["prompt"]["form"] == "json"
+    assert facts["input_digest"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (facts["format"], facts["images"]) == ("manifest", "None")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from test_llm import Reply, Server, ask, client, said, server, words
 
-from pathcli.errors import ResourceError, UsageError
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.llm_http import Pace
+from pathcli.llm_messages import list_in
 from pathcli.store.responses import Responses
 
 __all__ = ["server"]
@@ -45,8 +46,8 @@ def test_what_is_wrong_with_one_reply_is_its_own_and_is_kept(
     again = client(server, kept=Responses(kept.path))
     assert list(again.reply_all(talks)) == first
     assert len(server.bodies) == 6  # what was too long costs nothing and is asked again
-    assert again.knows(talks[0])
-    assert not again.knows(talks[3])
+    assert again.known(talks[0]) == first[0]
+    assert again.known(talks[3]) is None
     server.answer = lambda _: (400, "unknown parameter", {})
     with pytest.raises(UsageError, match="unknown parameter"):
         list(client(server).reply_all([ask()]))
@@ -137,3 +138,41 @@ def test_one_silence_is_a_fault_and_many_in_a_row_are_the_end(server: Server) ->
     with pytest.raises(ResourceError, match="8 in a row"):
         list(made.reply_all([ask(str(i)) for i in range(20)]))
     slow.set()
+
+
+def test_a_model_that_takes_no_temperature_of_0_is_asked_without_it_once_it_said_so(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    def answer(body: dict[str, Any]) -> Reply:
+        if body.get("temperature", 1) != 1:
+            told = "Unsupported value: 'temperature' does not support 0 with this model."
+            return 400, {"error": {"message": told, "param": "temperature"}}, {}
+        return said("fine")
+
+    server.answer = answer
+    made = client(server, workers=1)
+    assert [reply.text for reply in made.reply_all([ask("a"), ask("b")])] == ["fine"] * 2
+    assert [body.get("temperature") for body in server.bodies] == [0, None, None]
+    assert sum("temperature of 0" in record.message for record in caplog.records) == 1
+    with pytest.raises(UsageError, match="does not support"):  # what a person chose is not dropped
+        made.ask(ask("c"), temperature=0.5)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '["a"]',
+        '```json\n["a"]\n```',
+        'Sure! Here is [1] list:\n["a"]\nAnything else?',
+        '{"texts": ["a"]}',
+        '<think>["draft", "of", "it"]</think>\n["a"]',
+    ],
+)
+def test_a_list_is_read_wherever_it_stands(reply: str) -> None:
+    assert list_in(reply) == ["a"]
+
+
+@pytest.mark.parametrize("reply", ["", "no list", '"a"', '{"a": 1, "b": 2}', '["a"'])
+def test_what_holds_no_list_is_told(reply: str) -> None:
+    with pytest.raises(DataError, match="this is not"):
+        list_in(reply)

@@ -31,7 +31,7 @@ from pathcli.types import Sample
 from pathcli.vlm import memory, own
 from pathcli.vlm.generate import GenerateTask, answers
 from pathcli.vlm.own import RunResponder
-from pathcli.vlm.responders import SHIPPED, Decoding, Load
+from pathcli.vlm.responders import SHIPPED, Decoding, Load, Unfinished
 
 __all__ = ["bert", "images", "llama"]  # fixtures
 
@@ -118,8 +118,10 @@ def test_questions_in_batches_are_answered_as_one_by_one(trained: Trained, image
     together = list(responder.answer(samples, Decoding(12)))
     assert together == [next(responder.answer([one], Decoding(12))) for one in samples]
     assert list(responder.answer([])) == []
-    short = list(responder.answer(samples[2:3], Decoding(2)))
-    assert short == ["a tumour"]
+    (short,) = responder.answer(samples[2:3], Decoding(2))
+    (whole,) = responder.answer(samples[2:3], Decoding(12))
+    assert short == "a tumour" != whole
+    assert [isinstance(said, Unfinished) for said in (short, whole)] == [True, False]
 
 
 def test_an_image_is_encoded_once_and_anew_when_it_was_changed(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
 
     from pathcli.curation.caption.pipeline import Agents
     from pathcli.curation.caption.texts import Reports
-    from pathcli.curation.models import Model
-    from pathcli.data.writers import Form
+    from pathcli.curation.models import Opened, Unfamiliar
+    from pathcli.encoders.embedding import Embedder
     from pathcli.endpoints import Budget as Purse
     from pathcli.store import Store
 
@@ -90,6 +89,14 @@ Duplicates = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of every draw.", min=0)]
+Strange = Annotated[
+    str,
+    typer.Option(
+        "--unfamiliar",
+        help="Captions of patches outside what a model was trained on: keep marks them.",
+        metavar="drop|keep",
+    ),
+]
 Requests = Annotated[
     int, typer.Option("--workers", help="Threads that read tiles; requests at once.", min=1)
 ]
@@ -103,6 +110,7 @@ def caption(
     describe: Describe = o.SHIPPED,
     revise: Revise = NONE,
     summarise: Summarise = NONE,
+    unfamiliar: Strange = "drop",
     encoder: o.Encoder = "mini-clip",
     checkpoint: o.Checkpoint = None,
     top: Top = 64,
@@ -130,22 +138,21 @@ def caption(
     from pathcli.curation.caption.pipeline import Captioner, caption_slides  # noqa: PLC0415
     from pathcli.curation.caption.retriever import Retriever  # noqa: PLC0415
     from pathcli.curation.caption.select import Choice, patch_spec  # noqa: PLC0415
-    from pathcli.encoders import build_encoder  # noqa: PLC0415
-    from pathcli.encoders.embedding import Embedder  # noqa: PLC0415
 
     o.check(slide_mpp, device)
     check_out(out)
-    choice = Choice(top=top, diverse=diverse, duplicates=duplicates, seed=seed)
     kept, places = o.open_store(store), _places(slides, slide_mpp)
     spent: list[Purse] = []
-    agent = partial(
-        _open, store=kept, budget=budget, price=price, workers=workers, device=device, among=spent
-    )
+    limits: dict[str, Any] = {"store": kept, "budget": budget, "price": price, "workers": workers}
+    limits |= {"device": device, "among": spent, "unfamiliar": _strange(unfamiliar)}
+
+    def agent(name: str) -> Opened | None:
+        return _open(name, **limits)
+
     team = _team(agent, describe, revise, summarise)
-    built = build_encoder(encoder, checkpoint=checkpoint)
     retriever = Retriever(
-        Embedder(built, kept, device=device, workers=workers),
-        choice=choice,
+        _embedder(encoder, checkpoint, kept, device, workers),
+        choice=Choice(top=top, diverse=diverse, duplicates=duplicates, seed=seed),
         cancer=cancer,
         reports=_reports(reports),
         prompt=agent(prompt),
@@ -155,6 +162,17 @@ def caption(
     with show.progress(len(places)) as start:
         done = caption_slides(places, Captioner(retriever, team), out, command=line, started=start)
     _tell(done, retriever.slides, spent, json=json)
+
+
+def _embedder(
+    name: str, checkpoint: Path | None, store: Store, device: str, workers: int
+) -> Embedder:
+    from pathcli.encoders import build_encoder  # noqa: PLC0415
+    from pathcli.encoders.embedding import Embedder  # noqa: PLC0415
+
+    return Embedder(
+        build_encoder(name, checkpoint=checkpoint), store, device=device, workers=workers
+    )
 
 
 def _places(slides: list[str], slide_mpp: float | None) -> list[Any]:
@@ -173,7 +191,7 @@ def _reports(path: Path | None) -> Reports | None:
 
 
 def _team(
-    agent: Callable[[str], Model | None], describe: str, revise: str, summarise: str
+    agent: Callable[[str], Opened | None], describe: str, revise: str, summarise: str
 ) -> Agents:
     """Return the agents, each opened by its name.
 
@@ -195,20 +213,35 @@ def _team(
     )
 
 
+def _strange(text: str) -> Unfamiliar:
+    """Return what becomes of answers about pictures that a model does not know.
+
+    Raises:
+        UsageError: neither keep nor drop.
+    """
+    from pathcli.errors import UsageError  # noqa: PLC0415
+
+    if text not in {"keep", "drop"}:
+        msg = f"--unfamiliar is keep or drop, not {text!r}"
+        raise UsageError(msg)
+    return "keep" if text == "keep" else "drop"
+
+
 def _tell(done: dict[str, Any], slides: list[Any], spent: list[Purse], *, json: bool) -> None:
     from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.endpoints import spent as paid  # noqa: PLC0415
 
     for one in slides:
         for text in (*one.warnings, one.fault):
             if text:
                 show.warn(f"{one.path}: {text}")
     if not done["captions"]:
-        show.warn("no caption was made; dropped.csv says why")
+        show.warn("no caption was made; dropped.csv says why (--unfamiliar keep drops fewer)")
+    for what, n in done["agents"].items():
+        if what.startswith("captions "):
+            show.warn(f"{n} {what}: each is marked; train on none of them unread")
     if json:
-        told = {"requests": sum(each.requests for each in spent)}
-        told |= {"tokens_read": sum(each.read for each in spent)}
-        told |= {"tokens_written": sum(each.written for each in spent)}
-        show.as_json(done | told | {"usd": round(sum(each.usd for each in spent), 6)})
+        show.as_json(done | paid(spent))
         return
     flat = {name: done[name] for name in ("slides", "patches", "captions")}
     rows = flat | {f"dropped: {why}": n for why, n in done["dropped"].items()} | done["agents"]
@@ -227,7 +260,8 @@ def _open(
     workers: int,
     device: str = "auto",
     among: list[Purse] | None = None,
-) -> Model | None:
+    unfamiliar: Unfamiliar = "drop",
+) -> Opened | None:
     """Return an agent, None for none."""
     if name == NONE:
         return None
@@ -241,6 +275,7 @@ def _open(
         workers=workers,
         device=device,
         among=among,
+        unfamiliar=unfamiliar,
     )
 
 
@@ -271,36 +306,30 @@ def corrupt(
 
     What the recipe pathgen-revise learns from: image, wrong caption, and as the answer a JSON
     list of operations that give back the right one exactly. Squares of slides stay positions.
+    Beside OUT lie what was dropped, a report and provenance.
     """
-    from collections import Counter  # noqa: PLC0415
-    from itertools import chain  # noqa: PLC0415
-
     from pathcli.cli import show  # noqa: PLC0415
-    from pathcli.curation.caption.corrupt import corrupted  # noqa: PLC0415
-    from pathcli.data.formats import Source, samples  # noqa: PLC0415
-    from pathcli.data.writers import write_samples  # noqa: PLC0415
-    from pathcli.errors import DataError  # noqa: PLC0415
-    from pathcli.types import Region  # noqa: PLC0415
+    from pathcli.curation.caption.corrupt_file import corrupt_file  # noqa: PLC0415
+    from pathcli.data.formats import Source  # noqa: PLC0415
 
-    dropped = Counter[str]()
-    source = Source(captions, o.folder(images))
     kept = o.open_store(store)
     maker = _open(model, store=kept, budget=budget, price=price, workers=workers)
-    given = samples(source), lambda _, why: dropped.update([why])
-    found = corrupted(*given, model=maker, untouched=untouched, seed=seed)
-    first = next(found, None)
-    if first is None:
-        why = next(iter(dropped), "there is none")
-        msg = f"{captions}: no caption could be spoilt: {why}"
-        raise DataError(msg)
-    form: Form = "pathgen" if isinstance(first.images[0], Region) else "llava"
-    done = write_samples(chain([first], found), out, form, root=images)
-    done.unread, done.examples = source.dropped, source.examples | done.examples
+    told, done = corrupt_file(
+        Source(captions, o.folder(images)),
+        out,
+        model=maker,
+        untouched=untouched,
+        seed=seed,
+        command=shlex.join(["pathcli", *sys.argv[1:]]),
+    )
     for line in done.told():
         show.warn(line)
-    facts = {"written": done.rows, "not spoilt": dropped.total(), "out": str(out)}
     if json:
-        show.as_json(facts | {"reasons": dict(dropped), "not read": dict(done.unread)})
-    else:
-        lost = "".join(f"; {why}: {n}" for why, n in dropped.most_common())
-        show.say(f"{done.rows} captions in {out}; {dropped.total()} could not be made wrong{lost}")
+        show.as_json(told)
+        return
+    lost = "".join(f"; {why}: {n}" for why, n in told["reasons"].items())
+    count = told["not spoilt"]
+    show.say(f"{done.rows} captions in {out}; {count} could not be made wrong{lost}")
+    if maker:
+        show.say(f"spent: {maker.budget}")
+    show.say(f"{told['notice']} Open {told['report']}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +14,10 @@ from pathcli.cli import options as o
 
 if TYPE_CHECKING:
     from pathcli.curation.clean import Cleaned, Judges
-    from pathcli.curation.judges import ByLanguage, ByLexicon, ByVision, ImageJudge, TextJudge
-    from pathcli.store.responses import Responses
+    from pathcli.curation.judges import ByLexicon, ImageJudge, TextJudge
+    from pathcli.curation.models import Opened
+    from pathcli.data.formats import Source
+    from pathcli.endpoints import Budget
 
 Pairs = Annotated[
     Path,
@@ -69,6 +72,12 @@ Agree = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn.", min=0)]
+Workers = Annotated[
+    int, typer.Option("--workers", help="Threads that read images; requests at once.", min=1)
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Ask nothing: say what it would ask and cost.")
+]
 OUT = Path("pathcli-out/clean")
 
 
@@ -87,41 +96,125 @@ def clean(
     distance: Distance = 4,
     agree: Agree = 0,
     seed: Seed = 0,
+    budget: o.Usd = None,
+    price: o.Price = None,
+    dry_run: DryRun = False,
     device: o.Device = "auto",
-    workers: o.Workers = 2,
+    workers: Workers = 4,
+    store: o.StoreRoot = None,
     json: o.Json = False,
 ) -> None:
     """Keep the pairs of human pathology, and say of each other one why it was dropped.
 
     Out go captions that are short or about animals, images that are no pathology, and copies.
     Writes kept.jsonl, dropped.csv, report.html, report.json and provenance.json. Models that are
-    asked cost time or money: --agree N has them judge a sample of what the cheap way saw.
+    asked cost time or money: --agree N has them judge a sample of what the cheap way saw. Their
+    answers are kept: the same command again goes on.
     """
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.curation import clean as c  # noqa: PLC0415
     from pathcli.curation import clean_report as r  # noqa: PLC0415
+    from pathcli.curation.report import given  # noqa: PLC0415
     from pathcli.data.formats import Source  # noqa: PLC0415
-    from pathcli.store.responses import Responses  # noqa: PLC0415
+    from pathcli.endpoints import spent  # noqa: PLC0415
 
     o.check(None, device)
-    kept = Responses(out / "responses.jsonl")
-    dear = (_language(llm, device) if llm else None, _vision(vlm, device, kept) if vlm else None)
-    judges = _judges((_lexicon(texts), _cheap(encoder, checkpoint, device)), dear, agree)
+    purses: list[Budget] = []
+    limits: dict[str, Any] = {"store": store, "budget": budget, "price": price, "device": device}
+    models = _models(llm, vlm, **limits, workers=workers, among=purses)
+    cheap = _lexicon(texts), _cheap(encoder, checkpoint, device)
     how: dict[str, Any] = {"min_words": min_words, "copies": copies, "distance": distance}
-    how["seed"] = seed
-    settings = {"pairs": str(pairs), "format": layout, "agree": agree, **how}
+    how |= {"seed": seed, "layout": layout}
+    source = Source(pairs, o.folder(images))
+    if dry_run:
+        _estimate(source, cheap, models, agree, how, json=json)
+        return
+    judges = _judges(cheap, _dear(*models), agree)
+    read = given(pairs, source.images, layout)
     with show.progress(1, unit="rows") as start:
-        done = c.clean(
-            Source(pairs, o.folder(images)),
-            out,
-            judges,
-            layout=layout,
-            workers=workers,
-            progress=start(1, pairs.name),
-            **how,
-        )
+        told = start(1, pairs.name)
+        done = c.clean(source, out, judges, workers=workers, progress=told, **how)
+    asked = [model.budget for model in models if model]
+    done.spent = spent(asked) if asked else {}
     command = shlex.join(["pathcli", *sys.argv[1:]])
-    _tell(done, r.write_report(done, r.facts(judges, settings), command), json=json)
+    facts = r.facts(judges, how | {"agree": agree}, read | {"format": done.layout})
+    _tell(done, r.write_report(done, facts, command), asked, json=json)
+
+
+def _models(
+    llm: str | None,
+    vlm: str | None,
+    *,
+    store: Any,  # noqa: ANN401 - whatever names a store
+    budget: float | None,
+    price: str | None,
+    workers: int,
+    device: str,
+    among: list[Budget],
+) -> tuple[Opened | None, Opened | None]:
+    """Return the models of captions and of images.
+
+    Raises:
+        UsageError: money, and no endpoint.
+    """
+    from pathcli.curation.models import open_model  # noqa: PLC0415
+    from pathcli.errors import UsageError  # noqa: PLC0415
+
+    named = [name for name in (llm, vlm) if name]
+    if (budget is not None or price) and not any(name.startswith("http") for name in named):
+        msg = "--budget and --price are for endpoints; neither --llm nor --vlm is one"
+        raise UsageError(msg)
+    kept = o.open_store(store) if named else None
+
+    def opened(name: str | None) -> Opened | None:
+        return name and open_model(  # type: ignore[return-value]  # "" is none
+            name,
+            store=kept,
+            budget=budget,
+            price=o.price_of(price),
+            workers=workers,
+            device=device,
+            among=among,
+            unfamiliar="keep",
+        )
+
+    return opened(llm), opened(vlm)
+
+
+def _dear(
+    llm: Any,  # noqa: ANN401 - a Model, or what stands for one
+    vlm: Any,  # noqa: ANN401
+) -> tuple[TextJudge | None, ImageJudge | None]:
+    from pathcli.curation.judges import ByLanguage, ByVision  # noqa: PLC0415
+
+    return ByLanguage(llm) if llm else None, ByVision(vlm) if vlm else None
+
+
+def _estimate(
+    source: Source,
+    cheap: tuple[TextJudge | None, ImageJudge | None],
+    models: tuple[Opened | None, Opened | None],
+    agree: int,
+    how: dict[str, Any],
+    *,
+    json: bool,
+) -> None:
+    """Say what a run would ask and cost at most."""
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.curation.clean import rehearse  # noqa: PLC0415
+    from pathcli.curation.models import Unasked  # noqa: PLC0415
+
+    unasked = [Unasked(model, 4) if model else None for model in models]
+    told: dict[str, Any] = {"rows": rehearse(source, _judges(cheap, _dear(*unasked), agree), **how)}
+    found = {what: each for what, each in zip(("texts", "images"), unasked, strict=True) if each}
+    told |= {what: asdict(each.estimate) for what, each in found.items()}
+    if json:
+        show.as_json(told)
+        return
+    rows = [{"of": what} | told[what] for what in found]
+    show.table(rows, title=f"{told['rows']} rows; what would be asked, at most")
+    if any(each and each.price is None and "#" in each.name for each in models):
+        show.say("a price is not known: give --price READ,WRITTEN")
 
 
 def _judges(
@@ -145,7 +238,7 @@ def _judges(
     return Judges(*cheap, *dear, agree=agree)
 
 
-def _tell(done: Cleaned, page: Path, *, json: bool) -> None:
+def _tell(done: Cleaned, page: Path, asked: list[Budget], *, json: bool) -> None:
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.curation import clean_report as r  # noqa: PLC0415
 
@@ -159,21 +252,9 @@ def _tell(done: Cleaned, page: Path, *, json: bool) -> None:
     show.table([{"what": name, "pairs": n, "share": n / max(total, 1)} for name, n in rows])
     for what, found in done.agreements.items():
         show.table(found.rows(), title=f"cheap against dear, {what} [95 % interval]")
+    for each in asked:
+        show.say(f"spent: {each}")
     show.say(f"{done.path}; what was dropped, and why: {page}")
-
-
-def _vision(name: str, device: str, kept: Responses) -> ByVision:
-    from pathcli.curation.judges import ByVision  # noqa: PLC0415
-    from pathcli.vlm.responders import open_responder  # noqa: PLC0415
-
-    return ByVision(open_responder(name, device=device), kept)
-
-
-def _language(name: str, device: str) -> ByLanguage:
-    from pathcli.curation.judges import ByLanguage  # noqa: PLC0415
-    from pathcli.curation.models import open_model  # noqa: PLC0415
-
-    return ByLanguage(open_model(name, store=o.open_store(None), device=device))
 
 
 def _lexicon(name: str) -> ByLexicon | None:

@@ -10,7 +10,7 @@ import typer
 from pathcli.cli import options as o
 
 if TYPE_CHECKING:
-    from pathcli.data.writers import Written
+    from pathcli.data.writers import Form, Written
 
 PARTIAL = 3
 
@@ -53,6 +53,15 @@ def convert(
             "--question", help="Write captions as answers to this question.", metavar="TEXT"
         ),
     ] = None,
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            "--choices",
+            help="IN are labelled images: write questions with choices, in a set's published words "
+            "or of the classes they have.",
+            metavar="own|bach|oscc|colonpath|SET",
+        ),
+    ] = None,
     json: o.Json = False,
 ) -> None:
     """Write a file of images and texts in another form.
@@ -62,15 +71,13 @@ def convert(
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.data.writers import convert as run  # noqa: PLC0415
 
-    done = run(
-        path,
-        out,
-        to,  # type: ignore[arg-type]  # any text; another is refused
-        layout=layout,
-        images=o.folder(images),
-        write_images=write_images,
-        question=question,
-    )
+    form: Any = to  # any text; another is refused
+    given: dict[str, Any] = {"images": o.folder(images), "write_images": write_images}
+    given["question"] = question
+    if choices is None:
+        done = run(path, out, form, layout=layout, **given)
+    else:
+        done = _asked(path, out, form, choices, layout=layout, **given)
     for line in done.told():
         show.warn(line)
     told = _told(done)
@@ -80,6 +87,28 @@ def convert(
         show.table([{what: told[what] for what in ("file", "form", "rows")}])
     if told["left_out"]:
         raise typer.Exit(PARTIAL)
+
+
+def _asked(
+    path: Path, out: Path, form: Form, choices: str, *, layout: str, **given: Path | str | None
+) -> Written:
+    """Write labelled images as questions with choices.
+
+    Raises:
+        UsageError: options for what is no set of labelled images.
+    """
+    from pathcli.data.writers import write_samples  # noqa: PLC0415
+    from pathcli.errors import UsageError  # noqa: PLC0415
+    from pathcli.evals import choices as c  # noqa: PLC0415
+
+    if layout != "auto" or any(given.values()):
+        msg = "--choices reads labelled images: leave out --format, --question, --images and "
+        raise UsageError(msg + "--write-images")
+    found = c.choices(choices, path)
+    done = write_samples(found.samples, out, form)
+    done.unread, done.warnings = found.dropped, list(found.warnings)
+    done.examples = dict.fromkeys(found.dropped, str(path)) | done.examples
+    return done
 
 
 def _told(done: Written) -> dict[str, Any]:

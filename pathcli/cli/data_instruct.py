@@ -106,6 +106,7 @@ def instruct(
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.cli.zeroshot import check_out  # noqa: PLC0415
     from pathcli.curation import instruct as i  # noqa: PLC0415
+    from pathcli.curation.report import given  # noqa: PLC0415
     from pathcli.data.formats import Source  # noqa: PLC0415
 
     o.check(None, device)
@@ -119,11 +120,12 @@ def instruct(
     if dry_run:
         _estimate(source, out, layout, settings, opened, json=json)
         return
+    read = given(captions, source.images, layout)
     with show.progress(1, unit="captions") as start:
         made = i.instruct(
             source, out, opened, settings, layout=layout, progress=start(1, captions.name)
         )
-    _tell(made, settings, opened, captions, json=json)
+    _tell(made, settings, opened, read | {"format": made.layout}, json=json)
 
 
 def _opened(
@@ -239,7 +241,7 @@ def _tell(
     made: Made,
     settings: Settings,
     model: Opened | None,
-    captions: Path,
+    read: dict[str, Any],
     *,
     json: bool,
 ) -> None:
@@ -247,16 +249,14 @@ def _tell(
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.curation.instruct import facts  # noqa: PLC0415
     from pathcli.curation.report import write_report  # noqa: PLC0415
+    from pathcli.endpoints import spent  # noqa: PLC0415
     from pathcli.report import versions  # noqa: PLC0415
     from pathcli.types import NOTICE  # noqa: PLC0415
 
     told: dict[str, Any] = dict(made.unread)
-    provenance: dict[str, Any] = {"captions": str(captions), **facts(settings)}
+    provenance: dict[str, Any] = {**read, **facts(settings)}
     if model:
-        spent = model.budget
-        told |= {"requests": spent.requests}
-        told |= {"tokens_read": spent.read, "tokens_written": spent.written}
-        told |= {"usd": round(spent.usd, 6)} if model.price else {}
+        told |= spent([model.budget])
         provenance |= {"model": model.name, "model_digest": model.digest}
     provenance["versions"] = versions()
     kept = made.data.kept.total()

@@ -12,20 +12,22 @@ import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pathcli.curation.agreement import Agreement, Drawn, agreement
 from pathcli.curation.clean_rows import Pair, Rows, read_picture, written
 from pathcli.curation.duplicates import DISTANCE, Seen
 from pathcli.data.formats import CAPTIONS, recognise
+from pathcli.data.outputs import whole
 from pathcli.errors import DataError, UsageError
 from pathcli.registry import did_you_mean
-from pathcli.store.files import disk_errors, part_path, publish
+from pathcli.store.files import disk_errors
 from pathcli.types import digest, silent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from pathlib import Path
 
     from pathcli.curation.judges import ImageJudge, TextJudge, Verdict
     from pathcli.data.formats import Source
@@ -70,7 +72,8 @@ class Example:
 class Cleaned:
     """What became of the rows: how many pairs were kept, and how many were dropped by reason.
 
-    `undecided` counts by judge what a dear judge had no verdict on; such rows stay in.
+    `undecided` counts by judge what a dear judge had no verdict on; such rows stay in. `spent`
+    is what models took, where somebody counts it.
     """
 
     path: Path
@@ -81,6 +84,7 @@ class Cleaned:
     undecided: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[Example]] = field(default_factory=dict)
     agreements: dict[str, Agreement] = field(default_factory=dict)
+    spent: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -119,55 +123,89 @@ def clean(
         DataError: not a table we read.
         ResourceError: a file may not be read or written.
     """
-    if copies not in COPIES:
-        msg = f"--copies: {did_you_mean(copies, [*COPIES])}"
-        raise UsageError(msg)
-    rows = Rows(source)
-    layout = recognise(source.path) if layout == "auto" else layout
-    if layout not in CAPTIONS:
-        msg = f"--format: {did_you_mean(layout, [*CAPTIONS])}"
-        raise UsageError(msg)
-    work = _Work(out, judges, _Copies(copies, Seen(distance)), min_words, seed, layout)
+    rows, layout = Rows(source), _layout(source, layout)
+    work = _Work(out, judges, _copies(copies, distance), min_words, seed, layout)
     with disk_errors(out, "--out"):
         out.mkdir(parents=True, exist_ok=True)
-        _judge_all(work, rows, layout, workers, progress)
-        for name in ("kept.jsonl", "dropped.csv"):
-            publish(part_path(out / name), out / name, lambda _: None)
+        with (
+            whole(out / "kept.jsonl", "--out") as kept,
+            whole(out / "dropped.csv", "--out") as dropped,
+        ):
+            _write(work, _judged(work, rows, workers, progress), kept, dropped)
     work.done.rows, work.done.warnings = rows.rows, rows.warnings
     work.compare()
     return work.done
 
 
-def _judge_all(work: _Work, rows: Rows, layout: str, workers: int, progress: Progress) -> None:
-    """Write every row where it belongs, below temporary names."""
-    out = work.out
-    how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # half characters
-    with (
-        ThreadPoolExecutor(workers, thread_name_prefix="clean") as pool,
-        part_path(out / "kept.jsonl").open("w", **how) as kept,
-        part_path(out / "dropped.csv").open("w", newline="", **how) as dropped,
-    ):
-        table = csv.writer(dropped, lineterminator="\n")
-        table.writerow(["row", "id", "reason", "detail"])
-        for batch in _batches(rows.pairs_of(layout)):
+def rehearse(
+    source: Source,
+    judges: Judges,
+    *,
+    layout: str = "auto",
+    min_words: int = WORDS,
+    copies: Copies = "image",
+    distance: int = DISTANCE,
+    workers: int = 2,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> int:
+    """Judge as `clean` does, write nothing, and return the number of rows.
+
+    With judges whose models are `Unasked` it tells what they would be asked at most: what they
+    would drop is still there when the next is asked.
+
+    Raises:
+        PathcliError: see `clean`.
+    """
+    rows, layout = Rows(source), _layout(source, layout)
+    work = _Work(Path(), judges, _copies(copies, distance), min_words, seed, layout)
+    for _ in _judged(work, rows, workers, progress):
+        pass
+    work.compare()
+    return rows.rows
+
+
+def _copies(rule: Copies, distance: int) -> _Copies:
+    if rule not in COPIES:
+        msg = f"--copies: {did_you_mean(rule, [*COPIES])}"
+        raise UsageError(msg)
+    return _Copies(rule, Seen(distance))
+
+
+def _layout(source: Source, layout: str) -> str:
+    layout = recognise(source.path) if layout == "auto" else layout
+    if layout not in CAPTIONS:
+        msg = f"--format: {did_you_mean(layout, [*CAPTIONS])}"
+        raise UsageError(msg)
+    return layout
+
+
+def _judged(work: _Work, rows: Rows, workers: int, progress: Progress) -> Iterator[list[Pair]]:
+    """Yield every row, judged, in parts."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="clean") as pool:
+        for batch in _batches(rows.pairs_of(work.layout)):
             work.judge(batch, pool)
-            for pair in batch:
-                if pair.reason:
-                    table.writerow([pair.number, pair.id, pair.reason, pair.detail])
-                else:
-                    line = written(pair, out, layout)
-                    kept.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            yield batch
             progress(rows.rows, rows.rows)
 
 
+def _write(work: _Work, judged: Iterable[list[Pair]], kept: Path, dropped: Path) -> None:
+    """Write every row where it belongs."""
+    how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # half characters
+    with kept.open("w", **how) as lines, dropped.open("w", newline="", **how) as rest:
+        table = csv.writer(rest, lineterminator="\n")
+        table.writerow(["row", "id", "reason", "detail"])
+        for pair in chain.from_iterable(judged):
+            if pair.reason:
+                table.writerow([pair.number, pair.id, pair.reason, pair.detail])
+            else:
+                line = written(pair, work.out, work.layout)
+                lines.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+
+
 def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    batch: list[Pair] = []
-    for pair in pairs:
-        batch.append(pair)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
+    every = iter(pairs)
+    while batch := list(islice(every, BATCH)):
         yield batch
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pathcli.curation.report import flat
 from pathcli.report import Picture, Section, html_page, pairs, versions
 from pathcli.store.files import write_bytes
 from pathcli.types import NOTICE
@@ -38,6 +39,7 @@ def summary(done: Cleaned) -> dict[str, Any]:
         "dropped": dict(done.dropped.most_common()),
         "undecided": {name: n for name, n in done.undecided.items() if n},
         "agreement": {what: _told(found) for what, found in done.agreements.items()},
+        "spent": done.spent,
         "warnings": done.warnings,
         "notice": NOTICE,
     }
@@ -50,8 +52,10 @@ def _told(found: Agreement) -> dict[str, Any]:
     return {"n": found.n, "undecided": found.undecided, **table, **measures}
 
 
-def facts(judges: Judges, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return everything that decides what is kept."""
+def facts(
+    judges: Judges, settings: Mapping[str, Any], given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return everything that decides what is kept; `given` says what was read."""
     named = {
         "texts": judges.texts,
         "images": judges.images,
@@ -59,7 +63,8 @@ def facts(judges: Judges, settings: Mapping[str, Any]) -> dict[str, Any]:
         "dear images": judges.dear_images,
     }
     told = {what: {"judge": j.name, **j.facts} for what, j in named.items() if j}
-    return {"settings": dict(settings), "judges": told, "versions": versions()}
+    used = {"settings": dict(settings), "judges": told, "versions": versions()}
+    return {**(given or {}), **used}
 
 
 def write_report(done: Cleaned, provenance: Mapping[str, Any], command: str) -> Path:
@@ -96,6 +101,8 @@ def _sections(done: Cleaned, provenance: Mapping[str, Any], command: str) -> Ite
     if left := {name: n for name, n in done.undecided.items() if n}:
         text = "A model said neither yes nor no, or failed; nothing was dropped for that."
         yield Section("No verdict", text, rows=pairs(left))
+    if done.spent:
+        yield Section("What the models took", rows=pairs(flat(done.spent)))
     for what, found in done.agreements.items():
         text = (
             f"{found.n:,} of the {what} the cheap judge saw, drawn at random, were put to the dear "
@@ -115,7 +122,8 @@ def _sections(done: Cleaned, provenance: Mapping[str, Any], command: str) -> Ite
         yield Section(f"Who judged: {name}", rows=pairs(plain))
     for warning in done.warnings:
         yield Section("Mind this", warning)
-    used = {**provenance["settings"], **provenance["versions"]}
+    told = {k: v for k, v in provenance.items() if not isinstance(v, dict)}
+    used = {**told, **provenance["settings"], **provenance["versions"]}
     yield Section("To repeat it", code=command, rows=pairs(used))
 
 

@@ -116,6 +116,7 @@ class Made:
     data: Dataset
     unread: Mapping[str, int]
     warnings: Sequence[str]
+    layout: str
 
 
 # --- captions ----------------------------------------------------------------------------
@@ -237,10 +238,12 @@ def instruct(
         raise UsageError(msg)
     work = _Work(settings, model.name if model else "")
     source = Rows(source)
+    if layout == "auto":
+        layout = recognise(source.path, CAPTIONS)
     found = captions(source, out, layout, settings.limit)
     with ExitStack() as files:
         clover, llava, lost = (
-            files.enter_context(whole(out / name))
+            files.enter_context(whole(out / name, "--out"))
             for name in ("clover.json", "llava.json", "dropped.csv")
         )
         singles, talks = files.enter_context(_List(clover)), files.enter_context(_List(llava))
@@ -263,7 +266,7 @@ def instruct(
             why = ", ".join(f"{n} {why}" for why, n in source.dropped.items())
             msg = f"{source.path}: no caption to make instructions of ({why or 'it is empty'})"
             raise DataError(msg)
-    return Made(out, work.data, dict(source.dropped), source.warnings)
+    return Made(out, work.data, dict(source.dropped), source.warnings, layout)
 
 
 def _unread(rows: Rows) -> Iterator[tuple[str, ...]]:

@@ -7,33 +7,37 @@ assets/curation/pathology.yaml and species.yaml.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from pathcli.curation.clean_rows import read_picture
 from pathcli.curation.species import read_lexicon
-from pathcli.encoders.imageset import centre_square, image_digest
+from pathcli.encoders.imageset import centre_square
 from pathcli.encoders.zeroshot import class_probabilities, class_weights
-from pathcli.llm import Message
-from pathcli.store.responses import response_key
-from pathcli.types import Sample, digest
+from pathcli.errors import DataError
+from pathcli.llm_messages import CUT, Message, Picture, json_in, object_schema
+from pathcli.types import digest
 from pathcli.vlm.asked import YES_NO, matched
 from pathcli.weights import asset
 from pathcli.yaml12 import read_mapping
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from pathcli.curation.models import Model
     from pathcli.curation.species import Lexicon
-    from pathcli.store.responses import Responses
+    from pathcli.llm_messages import Reply
     from pathcli.types import ByteArray, ImageRef, ImageTextEncoder
-    from pathcli.vlm.responders import Responder
 
+SAID = 16
+"""Most tokens of a verdict."""
+_SCHEMA = object_schema({"answer": {"type": "string", "enum": [*YES_NO]}})
 _BRIGHT = 150  # of 255: no light of a lamp below it
 
 
@@ -197,56 +201,59 @@ class ByEncoder:
 # --- dear --------------------------------------------------------------------------------
 
 
-class ByVision:
+class _Asked:
+    """Asks a model for yes or no, `out` being the word for what is to go."""
+
+    def __init__(self, model: Model, question: str, out: str) -> None:
+        """Take a model, which keeps its answers itself."""
+        self.name, self._model, self.question, self._out = model.name, model, question, out
+        known = {"digest": model.digest} if hasattr(model, "digest") else {}
+        self.facts = {"model": model.name, **known, "asked": question}
+
+    def _verdicts(self, talks: Iterable[list[Message]]) -> list[Verdict]:
+        given: dict[str, Any] = {"schema": _SCHEMA} if self._model.takes_schema else {}
+        replies = self._model.ask_all(talks, max_tokens=SAID, **given)
+        return [self._verdict(reply) for reply in replies]
+
+    def _verdict(self, reply: Reply) -> Verdict:
+        """Return what a reply says; without yes or no it is no verdict, cut off or not."""
+        text = reply.text
+        with suppress(DataError, TypeError, KeyError):
+            text = str(json_in(text)["answer"])
+        said = None if reply.fault and not reply.fault.startswith(CUT) else matched(text, YES_NO)
+        if said is None and reply.fault:
+            return Verdict(None, reply.fault)
+        return Verdict(
+            None if said is None else said == self._out, f"says: {' '.join(text.split())[:80]}"
+        )
+
+
+class ByVision(_Asked):
     """An image is out that a vision-language model says is no pathology image."""
 
-    def __init__(self, responder: Responder, kept: Responses | None = None) -> None:
-        """Take a model; answers are looked for and kept in `kept`."""
-        self.question = str(words()["questions"]["image"])
-        self.name, self._responder, self._kept = responder.name, responder, kept
-        self._told = [responder.digest, self.question, str(responder.decoding.options())]
-        self.facts = {"model": responder.name, "digest": responder.digest, "asked": self.question}
+    def __init__(self, model: Model) -> None:
+        """Take a model that sees, and keeps its answers itself."""
+        super().__init__(model, str(words()["questions"]["image"]), out="no")
 
     def __call__(self, refs: Sequence[ImageRef], pixels: Sequence[ByteArray]) -> list[Verdict]:
         """See `ImageJudge`; what is neither yes nor no is no verdict."""
         del pixels
-        keys = [response_key(*self._told, image_digest(ref) or "") for ref in refs]
-        said = {key: self._kept.get(key) if self._kept else None for key in keys}
-        new: dict[str, ImageRef] = {}
-        for key, ref in zip(keys, refs, strict=True):
-            if said[key] is None:
-                new.setdefault(key, ref)
-        asked = [Sample("", (ref,), turns=(self.question,)) for ref in new.values()]
-        for start in range(0, len(asked), self._responder.batch):
-            batch = asked[start : start + self._responder.batch]
-            some = list(new)[start : start + len(batch)]
-            for key, text in zip(some, self._responder.answer(batch), strict=True):
-                said[key] = text
-                if self._kept:
-                    self._kept.put(key, text, model=self.name)
-        return [_verdict(said[key] or "", out="no") for key in keys]
+        return self._verdicts([Message("user", (_picture(ref), self.question))] for ref in refs)
 
 
-class ByLanguage:
+class ByLanguage(_Asked):
     """A caption is out that a language model says is not about humans."""
 
     def __init__(self, model: Model) -> None:
         """Take a model, which keeps its answers itself."""
-        self.question = str(words()["questions"]["text"])
-        self.name, self._model = model.name, model
-        self.facts = {"model": model.name, "asked": self.question}
+        super().__init__(model, str(words()["questions"]["text"]), out="yes")
 
     def __call__(self, captions: Sequence[str]) -> list[Verdict]:
         """See `TextJudge`; a fault, or what is neither yes nor no, is no verdict."""
-        talks = ([Message("user", (self.question.format(caption=text),))] for text in captions)
-        replies = self._model.ask_all(talks, max_tokens=16)
-        return [
-            Verdict(None, reply.fault) if reply.fault else _verdict(reply.text, out="yes")
-            for reply in replies
-        ]
+        asked = (self.question.format(caption=text) for text in captions)
+        return self._verdicts([Message("user", (text,))] for text in asked)
 
 
-def _verdict(text: str, *, out: str) -> Verdict:
-    said = matched(text, YES_NO)
-    short = " ".join(text.split())[:80]
-    return Verdict(None if said is None else said == out, f"says: {short}")
+def _picture(ref: ImageRef) -> Picture:
+    """Return an image as it is shown to a model: its short side at most `SHOWN_PX`."""
+    return Picture.of(read_picture(ref, looked=False).pixels)

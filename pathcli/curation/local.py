@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from pathcli.curation.models import kept_in
+from pathcli.curation.models import UNFAMILIAR, kept_in
 from pathcli.device import pick_device
-from pathcli.endpoints import Budget
+from pathcli.endpoints import Budget, Price
 from pathcli.errors import DataError, UsageError
 from pathcli.llm import Picture, Reply
 from pathcli.llm_messages import CUT, LETTERS, in_words, tokens_of
@@ -26,6 +26,7 @@ from pathcli.types import Sample
 from pathcli.vlm.language import HFLanguage
 from pathcli.vlm.language_files import version_of
 from pathcli.vlm.memory import memory
+from pathcli.vlm.responders import Unfinished
 from pathcli.vlm.written import IMAGE
 
 if TYPE_CHECKING:
@@ -33,25 +34,24 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from pathcli.endpoints import Price
+    from pathcli.curation.models import Unfamiliar
     from pathcli.llm import Message
     from pathcli.store import Store
     from pathcli.vlm.responders import Responder
 
     Conversation = Sequence[Message]
 
-UNFAMILIAR = "the patch is unlike the images this model was trained on"
-
 
 class Local(ABC):
     """A model of this machine; see `pathcli.curation.models.Opened`. A schema is told in words."""
 
     price: Price | None = None
+    takes_schema = False
 
     def __init__(self, name: str, digest: str, batch: int, store: Store | None) -> None:
         """Keep answers below `digest` in a store, and ask about `batch` things at a time."""
         self.name, self.digest, self.batch = name, digest, batch
-        self.budget, self._kept = Budget(), kept_in(store, digest)
+        self.budget, self._kept = Budget(price=Price(0, 0)), kept_in(store, digest)
 
     @abstractmethod
     def answer(
@@ -83,29 +83,33 @@ class Local(ABC):
             for key, reply in zip(new, said, strict=True):
                 known[key] = reply
                 if self._kept and (reply.text or not reply.fault):
-                    fault = {"fault": reply.fault} if reply.fault else {}
-                    self._kept.put(key, reply.text, model=self.name, **fault)
-            yield from (known[key] for key in keys)
+                    known_of = {"fault": reply.fault, "note": reply.note}
+                    facts = {name: text for name, text in known_of.items() if text}
+                    self._kept.put(key, reply.text, model=self.name, **facts)
+            for key in keys:
+                if self._kept and self._kept.earlier(key):
+                    self.budget.count_before(0, 0)
+                yield known[key]
 
-    def knows(
+    def known(
         self,
         conversation: Conversation,
         *,
         schema: Mapping[str, Any] | None = None,
         max_tokens: int = 512,
         temperature: float = 0.0,
-    ) -> bool:
-        """Return whether the answer is kept already."""
+    ) -> Reply | None:
+        """Return the reply that is kept already, None if there is none."""
         told = in_words(conversation, schema) if schema else conversation
-        return self._known(self._key(told, max_tokens, temperature)) is not None
+        return self._known(self._key(told, max_tokens, temperature))
 
     def _key(self, said: Conversation, max_tokens: int, temperature: float) -> str:
         short = json.dumps([message.to_json(short=True) for message in said])
         return response_key(self.digest, short, str(max_tokens), f"{temperature:g}")
 
     def _known(self, key: str) -> Reply | None:
-        text = self._kept.get(key) if self._kept else None
-        return None if text is None or not self._kept else Reply(text, self._kept.fault(key))
+        found = self._kept.find(key) if self._kept else None
+        return Reply(found.text, found.fault, found.note) if found else None
 
 
 # --- models that read --------------------------------------------------------------------
@@ -175,7 +179,6 @@ class LanguageModel(Local):
                 draw=draw,
             )
         for asked, said in zip(ids, rows, strict=True):
-            self.budget.begin()
             self.budget.count(len(asked), len(said))
         return rows
 
@@ -244,11 +247,20 @@ class Draw:
 
 
 class VisionModel(Local):
-    """A `Responder`. A picture unlike those it was trained on is a fault, where it can tell."""
+    """A `Responder`. A picture unlike those it was trained on is told, where it can tell.
 
-    def __init__(self, responder: Responder, *, store: Store | None = None) -> None:
+    Its answer about such a picture is a fault instead (drop), or comes with a note (keep).
+    """
+
+    def __init__(
+        self,
+        responder: Responder,
+        *,
+        store: Store | None = None,
+        unfamiliar: Unfamiliar = "drop",
+    ) -> None:
         """Take a model that answers questions about images."""
-        self.responder = responder
+        self.responder, self.unfamiliar = responder, unfamiliar
         super().__init__(responder.name, responder.digest, responder.batch, store)
 
     def answer(
@@ -263,23 +275,33 @@ class VisionModel(Local):
             every = [_sample(said, Path(folder)) for said in new.values()]
             shown = list(dict.fromkeys(ref for one in every for ref in one.images))
             strange = set(self.responder.unfamiliar(shown)) if shown else set()
-            known = [one for one in every if strange.isdisjoint(one.images)]
+            odd = [not strange.isdisjoint(one.images) for one in every]
+            kept = self.unfamiliar == "keep"
+            asked = [one for one, is_odd in zip(every, odd, strict=True) if kept or not is_odd]
             try:
-                texts = iter(list(self.responder.answer(known, decoding)) if known else [])
+                texts = iter(list(self.responder.answer(asked, decoding)) if asked else [])
             except DataError as error:
                 if len(new) == 1:
                     return [Reply("", str(error))]
                 alone = (self.answer({k: m}, max_tokens, temperature) for k, m in new.items())
                 return [reply for replies in alone for reply in replies]
-            for said in new.values():
-                self.budget.begin()
-                self.budget.count(tokens_of(said), 0)
-            replies = [
-                Reply(next(texts)) if strange.isdisjoint(one.images) else Reply("", UNFAMILIAR)
-                for one in every
-            ]
-        self.budget.count(0, sum(len(reply.text) // LETTERS for reply in replies))
-        return replies
+        return [
+            self._reply(said, next(texts), max_tokens, UNFAMILIAR * is_odd)
+            if kept or not is_odd
+            else Reply("", UNFAMILIAR)
+            for said, is_odd in zip(new.values(), odd, strict=True)
+        ]
+
+    def _reply(self, said: Conversation, text: str, max_tokens: int, note: str) -> Reply:
+        self.budget.count(tokens_of(said), len(text) // LETTERS)
+        cut = isinstance(text, Unfinished)
+        return Reply(str(text), f"{CUT} at {max_tokens} tokens" * cut, note)
+
+    def _known(self, key: str) -> Reply | None:
+        """See `Local`; an answer that was kept with a note is a fault where such are dropped."""
+        found = super()._known(key)
+        odd = found is not None and bool(found.note) and self.unfamiliar == "drop"
+        return Reply("", UNFAMILIAR) if odd else found
 
 
 def _sample(said: Conversation, folder: Path) -> Sample:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pathcli.cards import CARDS
 from pathcli.endpoints import Budget, Price, host_of
@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     Conversation = Sequence[Message]
     Schema = Mapping[str, Any]
 
-__all__ = ["Estimate", "Model", "Opened", "Reply", "estimate", "open_model"]
+__all__ = ["Estimate", "Model", "Opened", "Reply", "Unasked", "estimate", "open_model"]
+
+Unfamiliar = Literal["keep", "drop"]
+UNFAMILIAR = "outside what the model was trained on"
+"""What is said of an answer about a picture unlike those that a model has seen."""
 
 _DATED = re.compile(r"-\d{4}-?\d{2}-?\d{2}$")
 
@@ -43,10 +47,12 @@ class Model(Protocol):
     """A language model that answers many conversations, in their order.
 
     A `fault` concerns one reply (refused, cut off, no answer in time); an endpoint that is gone
-    and a budget that is spent raise.
+    and a budget that is spent raise. `takes_schema` tells whether a JSON schema binds its answers,
+    or would only be words to it.
     """
 
     name: str
+    takes_schema: bool
 
     def ask_all(
         self,
@@ -71,15 +77,15 @@ class Opened(Model, Protocol):
     price: Price | None
     digest: str
 
-    def knows(
+    def known(
         self,
         conversation: Conversation,
         *,
         schema: Schema | None = None,
         max_tokens: int = 512,
         temperature: float = 0.0,
-    ) -> bool:
-        """Return whether the answer is kept already."""
+    ) -> Reply | None:
+        """Return the reply that is kept already, None if there is none."""
         ...
 
 
@@ -93,6 +99,7 @@ def open_model(
     pace: Pace | None = None,
     device: str = "auto",
     among: list[Budget] | None = None,
+    unfamiliar: Unfamiliar = "drop",
 ) -> Opened:
     """Return the model of a name (see above).
 
@@ -105,6 +112,8 @@ def open_model(
         pace: requests and tokens a minute, of an endpoint.
         device: auto, cpu, cuda, cuda:1 or mps, of a model of this machine.
         among: budgets of other endpoints, with which `budget` is shared.
+        unfamiliar: what becomes of answers about pictures unlike those that a model of this
+            machine was trained on: a fault instead of each (drop), or a note (keep).
 
     Raises:
         UsageError: the name says nothing, or money is limited and no price is known.
@@ -117,7 +126,7 @@ def open_model(
 
     if words := _language(name):
         return LanguageModel(words, store=store, device=device)
-    return VisionModel(open_responder(name, device=device), store=store)
+    return VisionModel(open_responder(name, device=device), store=store, unfamiliar=unfamiliar)
 
 
 def _language(name: str) -> str:
@@ -142,7 +151,7 @@ def _language(name: str) -> str:
 
 def kept_in(store: Store | None, digest: str) -> Responses | None:
     """Return where answers of a model are kept."""
-    return Responses(store.root / "responses" / f"{digest[:12]}.jsonl") if store else None
+    return Responses(store.local / "responses" / f"{digest[:12]}.jsonl") if store else None
 
 
 # --- endpoints ---------------------------------------------------------------------------
@@ -150,6 +159,8 @@ def kept_in(store: Store | None, digest: str) -> Responses | None:
 
 class EndpointModel:
     """A `Client` as a `Model`."""
+
+    takes_schema = True
 
     def __init__(self, client: Client, digest: str, price: Price | None) -> None:
         """Take a client and what its tokens cost."""
@@ -168,9 +179,13 @@ class EndpointModel:
         given = {"max_tokens": max_tokens, "temperature": temperature}
         return self.client.reply_all(conversations, schema=schema, **given)
 
-    def knows(self, conversation: Conversation, **settings: Any) -> bool:  # noqa: ANN401 - as above
-        """See `Opened.knows`."""
-        return self.client.knows(conversation, **settings)
+    def known(
+        self,
+        conversation: Conversation,
+        **settings: Any,  # noqa: ANN401 - as above
+    ) -> Reply | None:
+        """See `Opened.known`."""
+        return self.client.known(conversation, **settings)
 
 
 def _endpoint(  # noqa: PLR0917 - `open_model`'s own arguments
@@ -207,7 +222,7 @@ def price_of(base: str, model: str) -> Price | None:
 # --- what it would cost ------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Estimate:
     """What a run would ask and cost; `kept` answers are there already and cost nothing.
 
@@ -215,13 +230,48 @@ class Estimate:
     None where no price is known.
     """
 
-    requests: int
-    kept: int
-    read: int
-    written: int
-    most: int
-    usd: float | None
-    usd_most: float | None
+    requests: int = 0
+    kept: int = 0
+    read: int = 0
+    written: int = 0
+    most: int = 0
+    usd: float | None = None
+    usd_most: float | None = None
+
+
+class Unasked:
+    """A model that is not asked: what it would be asked is counted, what it said is taken."""
+
+    def __init__(self, model: Opened, written: int) -> None:
+        """Take a model, and how many tokens its answers are thought to have."""
+        self.name, self.takes_schema = model.name, model.takes_schema
+        self.digest, self._model, self._written = model.digest, model, written
+        self.estimate = Estimate()
+
+    def ask_all(
+        self,
+        conversations: Iterable[Conversation],
+        *,
+        schema: Schema | None = None,
+        max_tokens: int = 512,
+        temperature: float = 0.0,
+    ) -> Iterator[Reply]:
+        """Yield the replies that are kept, and a fault where there is none."""
+        given: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+        found, price = self.estimate, self._model.price
+        for said in conversations:
+            if reply := self._model.known(said, schema=schema, **given):
+                found.kept += 1
+                yield reply
+                continue
+            found.requests += 1
+            found.read += tokens_of(said)
+            found.written += min(self._written, max_tokens)
+            found.most += max_tokens
+            yield Reply("", "not asked")
+        if price:
+            found.usd = price.usd(found.read, found.written)
+            found.usd_most = price.usd(found.read, found.most)
 
 
 def estimate(
@@ -229,22 +279,13 @@ def estimate(
     conversations: Iterable[Conversation],
     *,
     written: int,
-    schema: Schema | None = None,
-    max_tokens: int = 512,
-    temperature: float = 0.0,
+    **asking: Any,  # noqa: ANN401
 ) -> Estimate:
-    """Return what asking would cost, if an answer has `written` tokens; nothing is asked."""
-    requests = kept = read = 0
-    for said in conversations:
-        if model.knows(said, schema=schema, max_tokens=max_tokens, temperature=temperature):
-            kept += 1
-        else:
-            requests += 1
-            read += tokens_of(said)
-    likely, most = requests * min(written, max_tokens), requests * max_tokens
-    usd = [_usd(model.price, read, each) for each in (likely, most)]
-    return Estimate(requests, kept, read, likely, most, *usd)
+    """Return what asking would cost, if an answer has `written` tokens; nothing is asked.
 
-
-def _usd(price: Price | None, read: int, written: int) -> float | None:
-    return (read * price.read + written * price.written) / 1e6 if price else None
+    `asking` are arguments of `Model.ask_all`.
+    """
+    unasked = Unasked(model, written)
+    for _ in unasked.ask_all(conversations, **asking):
+        pass
+    return unasked.estimate

@@ -14,7 +14,8 @@ from pathcli.curation.pairs import whole_words
 from pathcli.metrics.statistics import wilson
 from pathcli.report import Section, html_page, metric, pairs
 from pathcli.store.files import write_bytes
-from pathcli.types import NOTICE
+from pathcli.types import NOTICE, digest
+from pathcli.weights import sha256
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -192,6 +193,29 @@ def histogram(counts: Counter[int], what: str) -> str:
 # --- files -------------------------------------------------------------------------------
 
 
+def given(path: Path, images: Path | None, layout: str) -> dict[str, Any]:
+    """Return what was read, for provenance: the input, its digest, its layout, and its images.
+
+    A file's digest is the SHA-256 of its bytes, a folder's that of its files' names and sizes.
+    """
+    if path.is_dir():
+        files = sorted(each for each in path.rglob("*") if each.is_file())
+        listed = [[str(each.relative_to(path)), each.stat().st_size] for each in files]
+        known = digest(listed)
+    else:
+        known = sha256(path)
+    return {"input": str(path), "input_digest": known, "format": layout, "images": str(images)}
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mapping of mappings as one, in whose names "a: b" is b of a."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = flat(value) if isinstance(value, dict) else {"": value}
+        found |= {f"{name}: {k}" if k else name: v for k, v in inner.items()}
+    return found
+
+
 def write_report(
     out: Path,
     title: str,
@@ -209,14 +233,14 @@ def write_report(
     Raises:
         ResourceError: the disk is full, or the folder may not be written.
     """
-    flat = {name: value for name, value in provenance.items() if not isinstance(value, dict)}
+    used = {name: value for name, value in provenance.items() if not isinstance(value, dict)}
     nested = [value for value in provenance.values() if isinstance(value, dict)]
     for each in nested:
-        flat |= each
+        used |= each
     sections = [*data.sections()]
     if told:
-        sections.append(Section("What it took", rows=pairs(told)))
-    sections.append(Section("To repeat it", code=command, rows=pairs(flat)))
+        sections.append(Section("What it took", rows=pairs(flat(told))))
+    sections.append(Section("To repeat it", code=command, rows=pairs(used)))
     files = {
         "report.html": html_page(title, lead, sections),
         "report.json": _json({**data.summary(), **told, "notice": NOTICE}),

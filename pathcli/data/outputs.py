@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import os
 import re
 import shutil
+import socket
 import tarfile
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from io import BytesIO
 from itertools import chain, count, islice
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     Record = dict[str, Any]
 
 _SAFE = re.compile(r"[^\w.-]+")
+_HERE = re.sub(r"[^\w]", "_", socket.gethostname())  # where numbers of processes are known
+_DAY_S = 86_400
 _EMBEDDED, _NAMED = 100, 10_000  # rows of a group in Parquet
 
 
@@ -41,22 +46,51 @@ class UnheldError(Exception):
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, option: str = "OUT") -> Iterator[Path]:
     """Give a temporary that becomes `path` if all goes well, and is removed if not.
+
+    Temporaries of processes that were killed are removed first.
+
+    Args:
+        path: the file, or the folder.
+        option: what messages call the place.
 
     Raises:
         ResourceError: the disk is full, or the folder may not be written.
     """
-    part = part_path(path.with_name(f".{path.name}.{os.getpid()}"))
-    with disk_errors(path, "OUT"):
+    part = part_path(path.with_name(f".{path.name}.{_HERE}-{os.getpid()}"))
+    with disk_errors(path, option):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            if _left(other):
+                _remove(other)
         try:
             yield part
             publish(part, path, lambda _: None)
         finally:
-            if part.is_dir():
-                shutil.rmtree(part)
-            part.unlink(missing_ok=True)
+            _remove(part)
+
+
+def _left(part: Path) -> bool:
+    """Tell whether nobody writes a temporary any more: its process is gone, or a day went by."""
+    machine, _, pid = part.stem.rpartition(".")[2].rpartition("-")
+    if machine == _HERE and pid.isdigit() and os.name == "posix":
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+    with suppress(FileNotFoundError):
+        return time.time() - part.stat().st_mtime > _DAY_S
+    return False
+
+
+def _remove(part: Path) -> None:
+    if part.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+    part.unlink(missing_ok=True)
 
 
 def dumped(value: Mapping[str, Any]) -> bytes:

@@ -62,12 +62,16 @@ class Prompt:
 
     def words(self, question: Question, order: Sequence[int] = ()) -> str:
         """Return what is asked, the options in `order` (default: as they are)."""
+        lines = self.lines(question, order)
+        form = getattr(self, "choice" if lines else question.kind)
+        return str(form.format(question=question.question, options=self.join.join(lines)))
+
+    def lines(self, question: Question, order: Sequence[int] = ()) -> list[str]:
+        """Return the options as they are written, in `order` (default: as they are)."""
         forms = [self.option] if isinstance(self.option, str) else self.option
         shown = [question.options[i] for i in order or range(len(question.options))]
         places = zip(shown, ascii_uppercase, _then_last(forms), strict=False)
-        lines = [form.format(letter=letter, text=text) for text, letter, form in places]
-        form = getattr(self, "choice" if shown else question.kind)
-        return str(form.format(question=question.question, options=self.join.join(lines)))
+        return [form.format(letter=letter, text=text) for text, letter, form in places]
 
 
 def _then_last(forms: Sequence[str]) -> Iterator[str]:

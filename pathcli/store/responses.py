@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pathcli.store.files import disk_errors
 
@@ -28,10 +28,20 @@ def response_key(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+class Answer(NamedTuple):
+    """What is kept: `fault` was wrong with it, `note` is to be known of it, tokens it took."""
+
+    text: str
+    fault: str = ""
+    note: str = ""
+    read: int = 0
+    written: int = 0
+
+
 class Responses:
     """A JSONL file of answers, each `{key, text, ...facts}`; of two of one key the last counts.
 
-    The fact `fault` is what was wrong with an answer: cut off, say.
+    The facts `fault`, `note`, `read` and `written` are those of an `Answer`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,19 +52,27 @@ class Responses:
         """
         self.path = path
         self._turn = threading.Lock()
-        self._texts: dict[str, str] = {}
-        self._faults: dict[str, str] = {}
+        self._known: dict[str, Answer] = {}
+        self._earlier: set[str] = set()
         with disk_errors(path, "--out"):
             if path.exists():
                 self._read()
 
     def get(self, key: str) -> str | None:
         """Return the answer kept under `key`, None if there is none."""
-        return self._texts.get(key)
+        found = self._known.get(key)
+        return found.text if found else None
 
-    def fault(self, key: str) -> str:
-        """Return what was wrong with the answer kept under `key`, "" for nothing."""
-        return self._faults.get(key, "")
+    def find(self, key: str) -> Answer | None:
+        """Return what is kept under `key`."""
+        return self._known.get(key)
+
+    def earlier(self, key: str) -> bool:
+        """Return, the first time it is asked, whether an answer was there before this process."""
+        with self._turn:
+            known = key in self._earlier
+            self._earlier.discard(key)
+        return known
 
     def put(self, key: str, text: str, **facts: Any) -> None:  # noqa: ANN401 - any JSON value
         """Append an answer, and whatever else should stand in its line, at once.
@@ -69,11 +87,9 @@ class Responses:
             self._know(key, text, facts)
 
     def _know(self, key: str, text: str, facts: dict[str, Any]) -> None:
-        self._texts[key] = text
-        if fault := facts.get("fault"):
-            self._faults[key] = str(fault)
-        else:
-            self._faults.pop(key, None)
+        fault, note = (str(facts.get(name) or "") for name in ("fault", "note"))
+        read, written = (int(facts.get(name) or 0) for name in ("read", "written"))
+        self._known[key] = Answer(text, fault, note, read, written)
 
     def _read(self) -> None:
         torn = 0
@@ -82,6 +98,7 @@ class Responses:
                 try:
                     kept = json.loads(line)
                     self._know(kept["key"], kept["text"], kept)
+                    self._earlier.add(kept["key"])
                 except (ValueError, TypeError, KeyError):
                     torn += bool(line.strip())
         if torn:

@@ -23,7 +23,7 @@ from pathcli.torchvision_guard import guard_torchvision
 from pathcli.vlm.language_files import precision_of, quiet, require, unreadable, version_of
 from pathcli.vlm.memory import memory
 from pathcli.vlm.remembered import remember
-from pathcli.vlm.responders import Decoding, Untaught
+from pathcli.vlm.responders import Decoding, Unfinished, Untaught
 from pathcli.vlm.turns import pieces
 from pathcli.vlm.written import IMAGE
 from pathcli.weights import fetch, local, sha256
@@ -260,7 +260,11 @@ class HFResponder(Untaught):
             )
         if ids.shape[1] >= length and torch.equal(ids[:, :length], asked):
             ids = ids[:, length:]
-        return [str(t).strip() for t in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        ends = torch.tensor(self._ends, device=ids.device)
+        full = ~torch.isin(ids, ends).any(1) & (ids.shape[1] >= most)
+        kinds = [Unfinished if is_full else str for is_full in full.tolist()]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [kind(text.strip()) for kind, text in zip(kinds, texts, strict=True)]
 
     @torch.inference_mode()
     def likelihoods(

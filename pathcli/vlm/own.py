@@ -27,7 +27,7 @@ from pathcli.vlm.batches import Examples
 from pathcli.vlm.convert import settled
 from pathcli.vlm.memory import in_parts, memory, place
 from pathcli.vlm.model import VisionLanguage
-from pathcli.vlm.responders import SHIPPED, Decoding, Load
+from pathcli.vlm.responders import SHIPPED, Decoding, Load, Unfinished
 from pathcli.vlm.towers import Shown, ready, sent
 from pathcli.weights import fetch, local, sha256
 from pathcli.yaml12 import parse_yaml
@@ -164,15 +164,16 @@ class RunResponder:
             ResourceError: one question alone does not fit into memory.
         """
         language = self.examples.language
-        search = (decoding or self.decoding).options() | {
-            "stop": self.chat.stop(language.tokenizer)
-        }
+        decoding = decoding or self.decoding
+        search = decoding.options() | {"stop": self.chat.stop(language.tokenizer)}
 
         def said(part: Sequence[Sample]) -> list[str]:
             asked = self.examples.ask(part, np.random.default_rng(0))
             ids = self.module.generate(sent(asked, self.device), **search)
             texts = language.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            return [str(text).strip() for text in texts]
+            full = [len(row) >= decoding.max_new_tokens for row in ids]
+            kinds = [Unfinished if is_full else str for is_full in full]
+            return [kind(text.strip()) for kind, text in zip(kinds, texts, strict=True)]
 
         with memory(self.name, self.device):
             yield from in_parts(samples, self.batch, said)

@@ -45,6 +45,12 @@ class Decoding:
         return asdict(self)
 
 
+class Unfinished(str):
+    """An answer that the limit of tokens ended."""
+
+    __slots__ = ()
+
+
 class Responder(Protocol):
     """A vision-language model that answers. Research use only; not for diagnosis.
 
@@ -88,7 +94,8 @@ class Responder(Protocol):
     def answer(self, samples: Sequence[Sample], decoding: Decoding | None = None) -> Iterator[str]:
         """Yield the answer to each sample's last question, in order.
 
-        `turns` are question, answer, question...; a sample's own `answer` is never read.
+        `turns` are question, answer, question...; a sample's own `answer` is never read. An
+        answer that the limit of tokens ended is an `Unfinished`, where a model can tell.
         An image that was seen before is not encoded again.
 
         Raises:

@@ -7,11 +7,9 @@ unasked. A `fault` (refused, timed out) concerns one patch; an endpoint that is 
 
 from __future__ import annotations
 
-import json
 import re
 from collections import deque
 from dataclasses import dataclass, field
-from io import BytesIO
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +17,7 @@ from pathcli.curation.caption import revise
 from pathcli.data.images import read_image
 from pathcli.errors import DataError
 from pathcli.llm import Message, Picture
+from pathcli.llm_messages import list_in, list_schema
 from pathcli.weights import asset
 from pathcli.yaml12 import read_mapping
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from pathcli.types import ImageTextEncoder, Region
 
     Conversation = Sequence[Message]
+    Schema = Mapping[str, Any]
 
 Item = TypeVar("Item")
 
@@ -37,6 +37,7 @@ CLIP_TOKENS = 77
 FIRST_SENTENCES = "first-sentences"
 """Names the rule that shortens captions by whole sentences, where no model is to."""
 
+_TEXTS = list_schema("texts", {"type": "string"})
 _MOST = {"describe": 400, "revise": 600, "summarise": 120, "attributes": 800, "findings": 800}
 _REFUSAL = re.compile(
     r"\W*(?:i(?:'|\u2019)?m (?:very )?sorry|i am sorry|sorry,|i can(?:'|\u2019|no)t|i am unable|"
@@ -51,7 +52,8 @@ _WORDS_A_TOKEN = 0.65  # of captions, by CLIP's tokenizer
 class Patch:
     """A square of a slide on its way to a caption; `why` tells why it was dropped.
 
-    `steps` are what each agent was given and said, in order.
+    `steps` are what each agent was given and said, in order. `unfamiliar` says that a model
+    wrote about it which has seen nothing like it.
     """
 
     wsi_id: str
@@ -63,6 +65,7 @@ class Patch:
     caption: str = ""
     why: str = ""
     detail: str = ""
+    unfamiliar: str = ""
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -73,6 +76,10 @@ class Patch:
     def drop(self, why: str, detail: str = "") -> None:
         """Give it up: nothing more is asked about it."""
         self.why, self.detail = why, " ".join(detail.split())[:300]
+
+    def mark(self, reply: Reply) -> None:
+        """Remember what is to be known of a caption that a model had to do with."""
+        self.unfamiliar = self.unfamiliar or reply.note
 
     def note(self, agent: str, **facts: Any) -> None:  # noqa: ANN401 - JSON
         """Remember what an agent was given and did; what is empty is left out."""
@@ -107,22 +114,30 @@ def asked(
     items: Iterable[Item],
     conversation: Callable[[Item], Conversation | None],
     max_tokens: int,
+    schema: Schema | None = None,
 ) -> Iterator[tuple[Item, Conversation, Reply | None]]:
     """Yield each item in order, with what was said about it and the model's reply.
 
     Those without conversation are not asked about, and have no reply. So many as `_PART` are
-    held at most, however few of them are asked about.
+    held at most, however few of them are asked about. A `schema` goes to models that it binds.
     """
-    every = iter(items)
+    every, given = iter(items), settings(model, max_tokens, schema)
     while part := list(islice(every, _PART)):
-        yield from _asked(model, part, conversation, max_tokens)
+        yield from _asked(model, part, conversation, given)
+
+
+def settings(model: Model, max_tokens: int, schema: Schema | None) -> dict[str, Any]:
+    """Return how a model is asked: with a schema, if that binds its answers."""
+    return {"max_tokens": max_tokens} | (
+        {"schema": schema} if schema and model.takes_schema else {}
+    )
 
 
 def _asked(
     model: Model,
     items: Sequence[Item],
     conversation: Callable[[Item], Conversation | None],
-    max_tokens: int,
+    given: dict[str, Any],
 ) -> Iterator[tuple[Item, Conversation, Reply | None]]:
     waiting: deque[tuple[Item, Conversation | None]] = deque()
 
@@ -132,7 +147,7 @@ def _asked(
             if said is not None:
                 yield said
 
-    for reply in model.ask_all(conversations(), max_tokens=max_tokens):
+    for reply in model.ask_all(conversations(), **given):
         item, said = waiting.popleft()
         while said is None:
             yield item, (), None
@@ -141,16 +156,23 @@ def _asked(
     yield from ((item, (), None) for item, _ in waiting)
 
 
-def again(model: Model, said: Conversation, reply: str, why: str, max_tokens: int) -> Reply:
+def again(  # noqa: PLR0917 - of one question
+    model: Model,
+    said: Conversation,
+    reply: str,
+    why: str,
+    max_tokens: int,
+    schema: Schema | None = None,
+) -> Reply:
     """Ask once more, saying why the first reply cannot be used."""
     more = (*said, Message("assistant", (reply or "-",)), user(why))
-    return next(iter(model.ask_all([more], max_tokens=max_tokens)))
+    return next(iter(model.ask_all([more], **settings(model, max_tokens, schema))))
 
 
 def texts_of(model: Model, said: Conversation, what: str, retry: str) -> tuple[list[str], str]:
     """Return the texts a model replies as a JSON list, and what is wrong, after one retry."""
     limit = _MOST[what]
-    reply = next(iter(model.ask_all([said], max_tokens=limit)))
+    reply = next(iter(model.ask_all([said], **settings(model, limit, _TEXTS))))
     for attempt in range(2):
         if reply.fault:
             return [], reply.fault
@@ -159,17 +181,13 @@ def texts_of(model: Model, said: Conversation, what: str, retry: str) -> tuple[l
         except DataError as error:
             fault = str(error)
         if attempt == 0:
-            reply = again(model, said, reply.text, filled(retry, fault=fault), limit)
+            reply = again(model, said, reply.text, filled(retry, fault=fault), limit, _TEXTS)
     return [], fault
 
 
 def _texts(reply: str) -> list[str]:
-    try:
-        found = json.loads(reply)
-    except ValueError as error:
-        msg = f"this is not JSON ({error})"
-        raise DataError(msg) from error
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+    found = list_in(reply)
+    if not all(isinstance(text, str) for text in found):
         msg = "this is not a JSON list of texts"
         raise DataError(msg)
     return list(dict.fromkeys(" ".join(text.split()) for text in found if text.strip()))
@@ -181,11 +199,7 @@ def picture(region: Region) -> Picture:
     Raises:
         DataError: they cannot be read.
     """
-    from PIL import Image  # noqa: PLC0415
-
-    file = BytesIO()
-    Image.fromarray(read_image(region)).save(file, "PNG")
-    return Picture(file.getvalue())
+    return Picture.of(read_image(region))
 
 
 # --- the three that write ------------------------------------------------------------------
@@ -204,7 +218,9 @@ def described(patches: Iterable[Patch], model: Model, words: Mapping[str, str]) 
     for patch, _, reply in asked(model, patches, conversation, _MOST["describe"]):
         if reply is not None:
             text, fault = _plain(reply)
-            patch.note("describe", model=model.name, said=reply.text, fault=fault)
+            patch.mark(reply)
+            facts = {"said": reply.text, "fault": fault, "note": reply.note}
+            patch.note("describe", model=model.name, **facts)
             if fault:
                 patch.drop("no description", fault)
             else:
@@ -221,7 +237,7 @@ def revised(patches: Iterable[Patch], model: Model, words: Mapping[str, str]) ->
         text = filled(words["revise"], caption=patch.caption)
         return [user(picture(patch.region), text)]
 
-    for patch, said, reply in asked(model, patches, conversation, _MOST["revise"]):
+    for patch, said, reply in asked(model, patches, conversation, _MOST["revise"], revise.SCHEMA):
         if reply is not None:
             _revise(patch, model, words, said, reply)
         yield patch
@@ -235,15 +251,17 @@ def _revise(
         edits, fault = _edited(patch, reply.text)
         if fault:
             why = filled(words["again"], fault=fault)
-            reply = again(model, said, reply.text, why, _MOST["revise"])
+            reply = again(model, said, reply.text, why, _MOST["revise"], revise.SCHEMA)
             replies.append(reply.text)
             edits, second = (None, reply.fault) if reply.fault else _edited(patch, reply.text)
             fault = f"{fault}; then: {second}" if second else ""
     given = patch.caption
     if edits:
         patch.caption = " ".join(revise.apply(given, edits).split())
+        patch.mark(reply)
     done = None if edits is None else [edit.to_json() for edit in edits]
-    patch.note("revise", model=model.name, given=given, said=replies, edits=done, fault=fault)
+    facts = {"given": given, "said": replies, "edits": done, "fault": fault, "note": reply.note}
+    patch.note("revise", model=model.name, **facts)
 
 
 def _edited(patch: Patch, reply: str) -> tuple[Sequence[revise.Edit] | None, str]:

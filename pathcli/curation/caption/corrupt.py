@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pathcli.curation.caption.agents import again, asked, filled, prompts, user
-from pathcli.curation.caption.revise import Spoilt, read_edits, spoil, spoil_by_rule, written
+from pathcli.curation.caption.revise import (
+    SCHEMA,
+    Spoilt,
+    read_edits,
+    spoil,
+    spoil_by_rule,
+    written,
+)
 from pathcli.errors import DataError, UsageError
 from pathcli.types import digest
 from pathcli.weights import asset
@@ -92,14 +99,14 @@ def _by_model(
         ask = [user(filled(words["corrupt"], caption=sample.answer))]
         return None if drawn(sample) is None else ask
 
-    for sample, said, reply in asked(model, samples, conversation, _LIMIT):
+    for sample, said, reply in asked(model, samples, conversation, _LIMIT, SCHEMA):
         if reply is None:
             yield sample, Spoilt(sample.answer)
             continue
         found = reply.fault or _spoilt(sample, reply.text)
         if isinstance(found, str) and not reply.fault:
             why = filled(words["again"], fault=found)
-            second = again(model, said, reply.text, why, _LIMIT)
+            second = again(model, said, reply.text, why, _LIMIT, SCHEMA)
             found = second.fault or _spoilt(sample, second.text)
         yield sample, found
 

@@ -61,7 +61,11 @@ def page(
     warnings = [
         {"slide": s.wsi_id, "warning": w} for s in slides for w in (*s.warnings, s.fault) if w
     ]
-    sections = [Section("What came of it", rows=pairs(numbers))]
+    odd = {one.unfamiliar for one in shown.patches if one.unfamiliar and not one.why}
+    alert = f"Captions below are {', '.join(odd)}: each is marked, in captions.json too." * bool(
+        odd
+    )
+    sections = [Section("What came of it", alert=alert, rows=pairs(numbers))]
     sections += [Section("Mind this", rows=warnings)] if warnings else []
     sections.append(
         Section("Where they lie", _told(shown), rows=_rows(slides), pictures=_maps(shown))
@@ -111,14 +115,14 @@ def _section(number: int, patch: Patch, encoder: ImageTextEncoder) -> Section:
     else:
         tokens = encoder.count_tokens([patch.caption])[0]
         rows.append({"agent": "caption", "said": f"{patch.caption} ({tokens} tokens)"})
+    told = f"The caption is {patch.unfamiliar}." * bool(patch.unfamiliar and not patch.why)
+    title = f"{number}. {patch.wsi_id}"
     try:
         pixels = Image.fromarray(read_image(patch.region)).resize((SIDE, SIDE))
     except DataError:
-        return Section(f"{number}. {patch.wsi_id}", rows=rows)
+        return Section(title, alert=told, rows=rows)
     where = f"x {x}, y {y}, {patch.region.side0} px of level 0"
-    return Section(
-        f"{number}. {patch.wsi_id}", rows=rows, pictures=[Picture(np.asarray(pixels), where)]
-    )
+    return Section(title, alert=told, rows=rows, pictures=[Picture(np.asarray(pixels), where)])
 
 
 def _chosen(patch: Patch) -> str:
@@ -135,8 +139,7 @@ def _agent(step: Mapping[str, Any]) -> str:
 def _said(step: Mapping[str, Any]) -> Iterator[str]:
     said = step.get("said", "")
     yield from said if isinstance(said, list) else [said] if said else []
-    if step.get("fault"):
-        yield f"fault: {step['fault']}"
+    yield from (f"{what}: {step[what]}" for what in ("fault", "note") if step.get(what))
 
 
 def _maps(shown: Shown) -> list[Picture]:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pathcli.curation.caption import agents
 from pathcli.curation.caption.page import Shown, page
 from pathcli.data.formats.published import PATHGEN_PX
+from pathcli.data.outputs import whole
 from pathcli.report import json_text, metric, versions
 from pathcli.runs import git_commit
-from pathcli.store.files import disk_errors, part_path, publish, write_bytes
+from pathcli.store.files import write_bytes
 from pathcli.types import NOTICE, Report, digest
 
 if TYPE_CHECKING:
@@ -81,11 +82,15 @@ class Captioner:
 
 
 def record(patch: Patch) -> dict[str, Any]:
-    """Return a patch as PathGen-1.6M publishes it; `side` only where it is not 672 px."""
+    """Return a patch as PathGen-1.6M publishes it; `side` only where it is not 672 px.
+
+    So is `unfamiliar`, which says that a model wrote about what it knows nothing like.
+    """
     x, y = patch.region.xy
     made: dict[str, Any] = {"wsi_id": patch.wsi_id, "position": [str(x), str(y)]}
     made |= {"caption": patch.caption, "file_id": patch.file_id}
-    return made | ({} if patch.region.side0 == PATHGEN_PX else {"side": patch.region.side0})
+    made |= {} if patch.region.side0 == PATHGEN_PX else {"side": patch.region.side0}
+    return made | ({"unfamiliar": patch.unfamiliar} if patch.unfamiliar else {})
 
 
 def trace(patch: Patch) -> dict[str, Any]:
@@ -129,6 +134,7 @@ def caption_slides(
                 continue
             captions.write("[\n" if not kept else ",\n")
             captions.write(json.dumps(record(patch), ensure_ascii=False))
+            happened.update([f"captions {patch.unfamiliar}"] * bool(patch.unfamiliar))
             kept += 1
         captions.write("\n]\n" if kept else "[]\n")
         used = captioner.retriever.used()
@@ -190,9 +196,6 @@ def _report(
 @contextmanager
 def _unfinished(path: Path) -> Iterator[TextIO]:
     """Give a file to write under another name, which gets its own when all went well."""
-    part = part_path(path)
-    with disk_errors(path, "--out"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            yield file
-    publish(part, path, lambda _: None)
+    how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with whole(path, "--out") as part, part.open("w", **how) as file:
+        yield file

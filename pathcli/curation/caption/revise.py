@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pathcli.errors import DataError
+from pathcli.llm_messages import list_in, list_schema, object_schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,6 +28,17 @@ if TYPE_CHECKING:
     import numpy as np
 
 KEYS = {"add": ("text", "after"), "delete": ("text",), "modify": ("text", "to")}
+_TEXT = {"type": "string"}
+SCHEMA = list_schema(
+    "operations",
+    {
+        "anyOf": [
+            object_schema({"op": {**_TEXT, "enum": [op]}} | dict.fromkeys(keys, _TEXT))
+            for op, keys in KEYS.items()
+        ]
+    },
+)
+"""What a model replies where it takes a schema."""
 
 _CLOSES = ",.;:!?)"
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9])")
@@ -52,20 +64,12 @@ class Edit:
 
 
 def read_edits(reply: str) -> tuple[Edit, ...]:
-    """Return the edits of a reply, which is a JSON list of them and nothing else.
+    """Return the edits of a reply: a JSON list of them, alone, fenced, or amid prose.
 
     Raises:
         DataError: it is anything else; the message says what to a model that tries again.
     """
-    try:
-        found = json.loads(reply)
-    except ValueError as error:
-        msg = f"this is not JSON ({error})"
-        raise DataError(msg) from error
-    if not isinstance(found, list):
-        msg = "this is not a JSON list"
-        raise DataError(msg)
-    return tuple(map(_edit, found))
+    return tuple(map(_edit, list_in(reply)))
 
 
 def written(edits: Sequence[Edit]) -> str:
