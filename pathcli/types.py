@@ -75,8 +75,8 @@ class TileSpec:
         wrong = []
         if self.size_px < 1 or self.step_px < 1:
             wrong += [f"tile size and step are at least 1 px, not {self.size_px}, {self.step_px}"]
-        if not MPP_RANGE[0] <= self.mpp <= MPP_RANGE[1]:
-            low, high = MPP_RANGE
+        low, high = MPP_RANGE
+        if not low <= self.mpp <= high:
             wrong += [f"--mpp {self.mpp:g} is outside {low:g}-{high:g} um per pixel"]
         if not 0 <= self.min_tissue <= 1:
             wrong += [f"--min-tissue is a share between 0 and 1, got {self.min_tissue:g}"]
@@ -165,7 +165,8 @@ class Tiles:
     """Tiles of one slide: `xy` int32 [n, 2] level-0 pixels, `status` uint8 [n].
 
     Rows are ordered by (y, x). `slide_mpp` is the resolution actually used, `tissue_share`
-    the share of the scanned area called tissue, `warnings` what the user should know.
+    the share of the scanned area called tissue, `warnings` what the user should know; `dropped`
+    counts the tiles of each flag, `file_bytes` is the file's size then, None where not known.
     """
 
     item: str
@@ -177,6 +178,8 @@ class Tiles:
     height: int
     tissue_share: float
     warnings: tuple[str, ...] = ()
+    dropped: Mapping[str, int] | None = None
+    file_bytes: int | None = None
 
     def __len__(self) -> int:
         """Return the number of tiles."""
@@ -195,10 +198,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Features:
-    """Features of one slide: `values` float16 [n, d], or tokens [n, t, d].
-
-    A row whose `status` is not `TileStatus.OK` is NaN.
-    """
+    """Features of one slide: float16 [n, d], or tokens [n, t, d]; rows not `OK` are NaN."""
 
     key: Key
     values: HalfArray = field(repr=False)
@@ -330,9 +330,8 @@ class Slide(Protocol):
 class Encoder(Protocol):
     """Images in, vectors out. Cheap to build: weights are read by `load`.
 
-    `id` names weights, preprocessing, pooling and precision; `input_px` is the side the
-    network sees; `native` is the TileSpec it was trained for and `native_source` says who
-    says so.
+    `id` names weights, preprocessing, pooling and precision; `input_px` is the side the network
+    sees; `native` is the TileSpec it was trained for, as `native_source` says.
     """
 
     name: str

@@ -13,7 +13,6 @@ from pathcli.encoders.embedding import Embedder
 from pathcli.encoders.imageset import centre_square, embed_images, image_digest
 from pathcli.errors import BusyError, DataError
 from pathcli.store import Store, upkeep
-from pathcli.store.lease import lease
 from pathcli.types import WHOLE, Member, Region
 
 
@@ -123,9 +122,8 @@ def test_an_interrupted_set_is_resumed(
 
 def test_another_writer_is_respected(images: list[str], embedder: Embedder) -> None:
     key = embed_images(images, embedder).keys[0]
-    path = embedder.store.features.path(key)
-    path.unlink()
-    with lease(path), pytest.raises(BusyError):
+    embedder.store.features.remove(key)
+    with embedder.store.features.lock(key), pytest.raises(BusyError):
         embed_images(images, embedder)
 
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from pathcli.errors import DataError, ResourceError
 from pathcli.store import Store, upkeep
+from pathcli.store.entries import key_of
 from pathcli.store.files import part_path
 from pathcli.store.hdf5 import BLOCK_ROWS
-from pathcli.store.store import item_name, key_of
+from pathcli.store.store import item_name
 from pathcli.types import Key
 
 

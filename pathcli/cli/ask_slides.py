@@ -26,7 +26,7 @@ class SlideOptions:
     budget: int
     attend: Path | None
     slide_mpp: float | None
-    store: Path | None
+    store: str | None
     device: str
     out: Path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -14,6 +15,7 @@ from pathcli.cli import options as o
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 EXTRAS = {"s3fs": "remote", "gcsfs": "remote", "aiohttp": "remote"}
+EXTRAS |= {"ray": "ray", "fastapi": "serve", "uvicorn": "serve"}
 
 
 @app.command()
@@ -73,11 +75,12 @@ def _store(root: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a path or None
         opened = o.open_store(root)
     except PathcliError as error:
         return [_row("store", "missing", str(error))]
-    free = shutil.disk_usage(opened.root).free / 1e9
     where = "--store" if root else "the default"
-    state = "ok" if free > 1 else "low"
-    detail = f"{opened.root} ({where}), {len(opened.features)} features, {free:.1f} GB free"
-    return [_row("store", state, detail)]
+    detail = f"{opened.root} ({where}), {len(opened.features)} features"
+    if not isinstance(opened.root, Path):
+        return [_row("store", "ok", detail)]
+    free = shutil.disk_usage(opened.root).free / 1e9
+    return [_row("store", "ok" if free > 1 else "low", f"{detail}, {free:.1f} GB free")]
 
 
 def _weights() -> list[dict[str, Any]]:

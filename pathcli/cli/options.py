@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from pathcli.endpoints import Price as TokenPrice
+    from pathcli.slides.discovery import Found
     from pathcli.store import Store
     from pathcli.types import TileSpec
 
@@ -50,6 +51,12 @@ Drop = Annotated[
     str,
     typer.Option("--drop", help="Leave out tiles that are ...", metavar="blur,pen,dark,white"),
 ]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        "--shard", help="Only part I of N of the slides, as 3/8, for arrays of jobs.", metavar="I/N"
+    ),
+]
 SlideMpp = Annotated[
     float | None,
     typer.Option(
@@ -64,9 +71,11 @@ Out = Annotated[
     Path, typer.Option("--out", help="Folder for pictures and failures.csv.", metavar="DIR")
 ]
 StoreRoot = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        "--store", help="The store [default: $PATHCLI_STORE, else the user's cache].", metavar="DIR"
+        "--store",
+        help="The store [default: $PATHCLI_STORE, else the user's cache].",
+        metavar="DIR|URL",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -171,11 +180,37 @@ def price_of(text: str | None) -> TokenPrice | None:
         raise UsageError(msg) from None
 
 
-def open_store(root: Path | None, *, create: bool = True) -> Store:
+def open_store(root: Path | str | None, *, create: bool = True) -> Store:
     """Open the store an option names; commands that only read do not make one."""
     from pathcli.store import Store  # noqa: PLC0415
 
     return Store(root, create=create or root is None)
+
+
+def shard_of(text: str | None, slides: list[Found]) -> list[Found]:
+    """Return the part of the slides that `--shard` asks for; the parts together are all of them.
+
+    It depends on the slides' names alone, not on the order in which they were found.
+
+    Raises:
+        UsageError: it is not I/N with I from 1 to N.
+    """
+    import re  # noqa: PLC0415
+
+    from pathcli.errors import UsageError  # noqa: PLC0415
+
+    if text is None:
+        return slides
+    told = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    part, parts = (int(told[1]), int(told[2])) if told else (0, 0)
+    if not 1 <= part <= parts:
+        msg = (
+            f"--shard is I/N with I from 1 to N, as 3/8, not {text!r}; in a SLURM array from 0 on "
+            "it is $((SLURM_ARRAY_TASK_ID+1))/$SLURM_ARRAY_TASK_COUNT"
+        )
+        raise UsageError(msg)
+    chosen = set(sorted(slides, key=lambda s: (str(s.path), s.mpp or 0))[part - 1 :: parts])
+    return [slide for slide in slides if slide in chosen]
 
 
 def folder(path: Path | None) -> Path | None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pathcli.cli import options as o
+from pathcli.cli.store_exchange import export, import_
+
+if TYPE_CHECKING:
+    from pathcli.store import Store
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True)
+app.command("export")(export)
+app.command("import")(import_)
 
 
 @app.callback()
@@ -22,22 +28,21 @@ def root() -> None:
 def list_entries(store: o.StoreRoot = None, json: o.Json = False) -> None:
     """List the entries of the store, one line each."""
     from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.store.units import ENTRIES, units  # noqa: PLC0415
 
     opened = o.open_store(store, create=False)
-    rows: list[dict[str, Any]] = []
-    for kind, entries in (("tiles", opened.tiles), ("features", opened.features)):
-        for key in entries:
-            size = entries.path(key).stat().st_size / 1e6
-            rows.append(
-                {
-                    "kind": kind,
-                    "item": key.item,
-                    "um/px": key.mpp,
-                    "tiles": key.tiles,
-                    "encoder": key.encoder or "-",
-                    "MB": round(size, 2),
-                }
-            )
+    rows = [
+        {
+            "kind": unit.kind,
+            "item": unit.key.item,
+            "um/px": unit.key.mpp,
+            "tiles": unit.key.tiles,
+            "encoder": unit.key.encoder or "-",
+            "MB": round(unit.size / 1e6, 2),
+        }
+        for unit in sorted(units(opened), key=lambda unit: unit.kind == "features")
+        if unit.key and unit.kind in ENTRIES
+    ]
     if json:
         show.as_json({"root": str(opened.root), "entries": rows})
     elif rows:
@@ -63,23 +68,31 @@ def info(
         show.table([{"what": k, "value": str(v)} for k, v in value.items()])
 
 
-def _summary(store: Any) -> dict[str, Any]:  # noqa: ANN401 - typed where it is opened
+def _summary(store: Store) -> dict[str, Any]:
     import shutil  # noqa: PLC0415
 
-    encoders = Counter(str(key.encoder) for key in store.features)
-    used = sum(p.stat().st_size for p in store.root.rglob("*") if p.is_file())
-    return {
+    from pathcli.store.units import usage  # noqa: PLC0415
+
+    used = usage(store)
+    counts: Counter[str] = Counter()
+    for row in used:
+        counts[row.kind] += row.count
+        if row.kind == "features":
+            counts[f"features of {row.encoder}"] += row.count
+    value = {
         "root": str(store.root),
-        "slides": len(store.slides()),
-        "tile entries": len(store.tiles),
-        "feature entries": len(store.features),
-        **{f"features of {name}": count for name, count in sorted(encoders.items())},
-        "used MB": round(used / 1e6, 1),
-        "free GB": round(shutil.disk_usage(store.root).free / 1e9, 1),
+        "slides": counts["slides"],
+        "tile entries": counts["tiles"],
+        "feature entries": counts["features"],
+        **{name: count for name, count in sorted(counts.items()) if name.startswith("features of")},
+        "used MB": round(sum(row.size for row in used) / 1e6, 1),
     }
+    if store.root == store.local:
+        value["free GB"] = round(shutil.disk_usage(store.local).free / 1e9, 1)
+    return value
 
 
-def _item(store: Any, item: str) -> dict[str, Any]:  # noqa: ANN401
+def _item(store: Store, item: str) -> dict[str, Any]:
     from pathcli.errors import DataError  # noqa: PLC0415
     from pathcli.registry import did_you_mean  # noqa: PLC0415
 
@@ -100,16 +113,46 @@ def _item(store: Any, item: str) -> dict[str, Any]:  # noqa: ANN401
 
 
 @app.command()
-def verify(store: o.StoreRoot = None, json: o.Json = False) -> None:
-    """Check every entry against its checksums; exit 4 if one is broken."""
+def du(store: o.StoreRoot = None, json: o.Json = False) -> None:
+    """Say what takes the space, by kind, encoder and tiles, the largest first."""
     from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.store.units import usage  # noqa: PLC0415
+
+    opened = o.open_store(store, create=False)
+    used = usage(opened)
+    rows = [
+        {
+            "kind": row.kind,
+            "encoder": row.encoder or "-",
+            "tiles": row.tiles or "-",
+            "count": row.count,
+            "MB": round(row.size / 1e6, 3),
+        }
+        for row in used
+    ]
+    total = sum(row.size for row in used) / 1e6
+    if json:
+        show.as_json({"root": str(opened.root), "MB": round(total, 3), "uses": rows})
+        return
+    show.table(rows)
+    show.say(f"{opened.root}: {total:.1f} MB")
+
+
+@app.command()
+def verify(store: o.StoreRoot = None, json: o.Json = False) -> None:
+    """Check every entry against its checksums, and say what mends it.
+
+    Exit 4 if one is broken, 5 if one cannot be read.
+    """
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.store.upkeep import FAULTY  # noqa: PLC0415
     from pathcli.store.upkeep import verify as check  # noqa: PLC0415
 
     opened = o.open_store(store, create=False)
     found = list(check(opened))
     counts = Counter(f.state for f in found)
     rows = [
-        {"state": f.state, "file": str(f.path.relative_to(opened.root)), "detail": f.detail}
+        {"state": f.state, "file": f.name, "detail": f.detail, "mend": f.mend}
         for f in found
         if f.state != "ok"
     ]
@@ -119,8 +162,10 @@ def verify(store: o.StoreRoot = None, json: o.Json = False) -> None:
         show.table(rows)
         told = ", ".join(f"{n} {state}" for state, n in counts.items()) or "empty"
         show.say(f"{opened.root}: {told}")
-    if counts["broken"]:
+    if any(counts[state] for state in FAULTY):
         raise typer.Exit(4)
+    if counts["unreadable"]:
+        raise typer.Exit(5)
 
 
 @app.command()
@@ -147,12 +192,11 @@ def prune(
     # the removals are listed here; the library logs them too
     logging.getLogger("pathcli").setLevel(logging.WARNING)
     gone = remove(opened, encoder=encoder, older_than_days=older_than, dry_run=dry_run)
-    rows = [
-        {"file": str(r.path.relative_to(opened.root)), "why": r.why, "bytes": r.size} for r in gone
-    ]
+    rows = [{"file": r.name, "why": r.why, "bytes": r.size} for r in gone]
     if json:
         show.as_json({"root": str(opened.root), "dry_run": dry_run, "removed": rows})
         return
     show.table(rows)
     verb = "would be removed" if dry_run else "removed"
-    show.say(f"{len(rows)} files {verb}, {sum(r.size for r in gone) / 1e6:.1f} MB")
+    size = sum(r.size for r in gone) / 1e6
+    show.say(f"{opened.root}: {verb}: {len(rows)}, {size:.1f} MB")

@@ -19,6 +19,7 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 COLUMNS = {
     *("seed", "lr", "chosen", "epoch", "auroc", "macro_f1", "balanced_accuracy"),
+    *("r2", "spearman", "mae", "c_index"),
     *("image_to_text_r1", "text_to_image_r1", "itm_accuracy", "loss"),
 }
 """What the table of runs shows; --json has all."""
@@ -106,7 +107,7 @@ def tell(runs: list[Run], folder: Path, *, json: bool) -> None:
 
 
 def estimate(
-    recipe: Recipe, gpu: str | None, store: Path | None, *, dry_run: bool, json: bool
+    recipe: Recipe, gpu: str | None, store: str | None, *, dry_run: bool, json: bool
 ) -> None:
     """Print what training a recipe would take; nothing is loaded, and no store made."""
     from pathcli.cli import show  # noqa: PLC0415
@@ -133,6 +134,10 @@ def next_command(run: Run, folder: Path) -> str:
         weights = str(run.folder / "weights.safetensors")
         given = ["pathcli", "zeroshot", "DATASET", "--encoder", encoder, "--checkpoint", weights]
         return f"; measure one with: {shlex.join(given)}"
+    if values["task"] == "mil-outcome":
+        labels = str(values["data"]["labels"])
+        given = ["pathcli", "mil-eval", labels, "--runs", str(folder)]
+        return f"; test the chosen ones with: {shlex.join(given)}"
     if values["task"] != "mil":
         return ""
     data = values["data"]

@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pathcli.encoders.reading import Batch
-    from pathcli.store.hdf5 import FeatureWriter
+    from pathcli.store.entries import Writer
 
 WAITING = 2
 """Batches of features that may wait to be written."""
 
 
 class Writing:
-    """Hands features to a `FeatureWriter`, in order; leaving the block waits for the last.
+    """Hands features to a `Writer`, in order; leaving the block waits for the last.
 
     What goes wrong in the thread is raised by the next `put`, or when the block is left without
     another error.
     """
 
-    def __init__(self, writer: FeatureWriter) -> None:
+    def __init__(self, writer: Writer) -> None:
         """Know the writer, which is open."""
         self._writer = writer
         self._waiting: queue.Queue[tuple[torch.Tensor, Batch] | None] = queue.Queue(WAITING)

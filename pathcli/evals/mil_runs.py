@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -29,7 +30,7 @@ from pathcli.slides.discovery import discover
 from pathcli.types import TileSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from pathcli.mil.bags import Started
@@ -103,7 +104,30 @@ def score_head(
     Raises:
         DataError: a slide or patient was trained on, or a class has no test slide.
     """
-    device = pick_device(device)
+    here = pick_device(device)
+
+    def score(run: Run, slides: Sequence[str]) -> Tested:
+        return _score_run(run, cohort, slides, specificity, here)
+
+    scores = score_runs(name, group, cohort, score, own=own, allow_leak=allow_leak)
+    warnings = (*scores.warnings, *_few(cohort, scores.tested))
+    return replace(scores, warnings=tuple(dict.fromkeys(warnings)))
+
+
+def score_runs(
+    name: str,
+    group: Sequence[Run],
+    cohort: Cohort,
+    score: Callable[[Run, Sequence[str]], Tested],
+    *,
+    own: bool,
+    allow_leak: bool = False,
+) -> Scores:
+    """Test the runs that were chosen on validation, one a seed, by what `score` finds on slides.
+
+    Raises:
+        DataError: a slide or patient was trained on.
+    """
     best = chosen(group)
     kind: Kind = "own" if own else "external"
     warnings = [text for run in best for text in run.facts["warnings"]] if own else []
@@ -118,8 +142,7 @@ def score_head(
                 raise DataError(msg + "; leave them out, or give --allow-leak")
             warnings.append(msg)
         kind = "part" if known and not own else kind
-        tested.append(_score_run(run, cohort, slides, specificity, device))
-    warnings += _few(cohort, tested)
+        tested.append(score(run, slides))
     unit = "site" if own and group[0].recipe.values["data"]["by"] == "site" else "patient"
     if unit == "site" and len(sites := {site for t in tested for site in t.sites}) < FEW_SITES:
         warnings.append(f"only {len(sites)} test sites to draw anew: the intervals are coarse")
@@ -198,9 +221,10 @@ def count_reading(store: Store, heads: Sequence[Scores]) -> int | None:
     None if it cannot be counted. Another store knows nothing of it.
     """
     slides = sorted({name for scores in heads for t in scores.tested for name in t.names})
-    path = store.root / "evaluations.jsonl"
+    path = store.local / "evaluations.jsonl"
     line = {"when": time.strftime("%Y-%m-%d %H:%M"), "test": slides}
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         lines = path.read_text(encoding="utf-8").splitlines()

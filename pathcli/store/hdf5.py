@@ -12,8 +12,6 @@ float32 by which the last axis is multiplied; they are read as float16 like all 
 from __future__ import annotations
 
 import io
-import json
-import math
 import os
 import zlib
 from contextlib import contextmanager
@@ -22,57 +20,37 @@ from typing import TYPE_CHECKING, Any, Self
 import h5py
 import numpy as np
 
-from pathcli import __version__
-from pathcli.errors import DataError, ForeignError, NewerError, PathcliError, ResourceError
+from pathcli.errors import DataError, PathcliError, ResourceError
+from pathcli.store.attributes import (
+    block_faults,
+    coords_attributes,
+    damaged,
+    entry_attributes,
+    features_attributes,
+    key_in,
+    later,
+    layout,
+    require_format,
+    tiles_of,
+)
 from pathcli.store.files import disk_errors, part_path, publish, require_space, write_bytes
-from pathcli.store.int8 import INT8, ScaledRows, as_int8
-from pathcli.types import Features, Key, Tiles, TileSpec, TileStatus
+from pathcli.store.int8 import ScaledRows, as_int8
+from pathcli.types import Features, TileStatus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-FORMAT = 1
+    from pathcli.store.place import LocalPlace
+    from pathcli.types import Key, Tiles
+
 BLOCK_ROWS = 128
-CREATOR = f"pathcli {__version__}"
-
-
-def _tile_attributes(tiles: Tiles) -> dict[str, Any]:
-    """Return what a reader of TRIDENT or CLAM files looks for on `coords`."""
-    return {
-        "patch_size": tiles.spec.size_px,
-        "patch_size_level0": round(tiles.side0),
-        "level0_magnification": _magnification(tiles.slide_mpp),
-        "target_magnification": _magnification(tiles.spec.mpp),
-        "overlap": tiles.spec.size_px - tiles.spec.step_px,
-        "name": tiles.item,
-        "savetodir": "None",
-        "level0_width": tiles.width,
-        "level0_height": tiles.height,
-    }
-
-
-def _magnification(mpp: float) -> float:
-    """Return the objective readers expect at a resolution: the nearest of ..., 10, 20, 40, ..."""
-    return float(10 * 2 ** round(math.log2(1 / mpp)))
 
 
 def _write_tile_part(file: h5py.File, tiles: Tiles) -> None:
-    file.attrs.update(
-        {
-            "format": FORMAT,
-            "creator": CREATOR,
-            "item": tiles.item,
-            "spec": json.dumps(tiles.spec.to_json(), sort_keys=True),
-            "slide_mpp": tiles.slide_mpp,
-            "width": tiles.width,
-            "height": tiles.height,
-            "tissue_share": tiles.tissue_share,
-            "warnings": json.dumps(tiles.warnings),
-        }
-    )
+    file.attrs.update(entry_attributes(tiles))
     coords = file.create_dataset("coords", data=tiles.xy.astype(np.int32))
-    coords.attrs.update(_tile_attributes(tiles))
+    coords.attrs.update(coords_attributes(tiles))
     coords.attrs["crc32"] = zlib.crc32(np.ascontiguousarray(tiles.xy, np.int32).tobytes())
 
 
@@ -85,20 +63,13 @@ def _open(path: Path) -> h5py.File:
         if error.errno is not None:  # the system refuses; the bytes may well be whole
             msg = f"{path}: cannot be read now ({os.strerror(error.errno)})"
             raise ResourceError(msg) from error
-        raise _damaged(path, error) from error
-    found = file.attrs.get("format")
-    if found is None or found > FORMAT:
+        raise damaged(path, error) from error
+    try:
+        require_format(file.attrs, path)
+    except DataError:
         file.close()
-        if found is None:
-            msg = f"{path}: not written by pathcli"
-            raise ForeignError(msg)
-        msg = f"{path}: store format {found}, this pathcli reads up to {FORMAT}; update pathcli"
-        raise NewerError(msg)
+        raise
     return file
-
-
-def _damaged(path: Path | str, why: object) -> DataError:
-    return DataError(f"{path}: damaged entry ({why}); run: pathcli store prune")
 
 
 @contextmanager
@@ -111,28 +82,16 @@ def _reading(path: Path) -> Iterator[h5py.File]:
             if getattr(error, "errno", None) is not None:
                 msg = f"{path}: cannot be read now ({error})"
                 raise ResourceError(msg) from error
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
         except TypeError as error:  # a specification with a field this version does not know
-            msg = f"{path}: its specification is of a later pathcli ({error}); update pathcli"
-            raise NewerError(msg) from error
+            raise later(path, error) from error
 
 
 def _read_tile_part(file: h5py.File, status: Any) -> Tiles:  # noqa: ANN401 - h5py is untyped
-    attrs = file.attrs
     xy = file["coords"][:]
     if zlib.crc32(xy.tobytes()) != file["coords"].attrs["crc32"]:
-        raise _damaged(file.filename, "coords do not match their checksum")
-    return Tiles(
-        item=str(attrs["item"]),
-        xy=xy,
-        status=status,
-        spec=TileSpec.from_json(json.loads(attrs["spec"])),
-        slide_mpp=float(attrs["slide_mpp"]),
-        width=int(attrs["width"]),
-        height=int(attrs["height"]),
-        tissue_share=float(attrs["tissue_share"]),
-        warnings=tuple(json.loads(attrs["warnings"])),
-    )
+        raise damaged(file.filename, "coords do not match their checksum")
+    return tiles_of(file.attrs, xy, status)
 
 
 def write_tiles(path: Path, tiles: Tiles) -> None:
@@ -166,23 +125,27 @@ def read_features(path: Path, *, mapped: bool = False) -> Features:
     """
     with _reading(path) as file:
         tiles = _read_tile_part(file, file["status"][:])
-        encoder, done = str(file.attrs["encoder"]), bool(np.all(file["block_crc32"][:]))
+        key, done = key_in(file.attrs, tiles), bool(np.all(file["block_crc32"][:]))
         values = _read_or_map(file, "features", mapped=mapped)
         if "scales" in file:
             rows = ScaledRows(values, _read_or_map(file, "scales", mapped=mapped))
             values = rows if mapped else rows[:]
     if not (done and len(values) == len(tiles.xy) == len(tiles.status)):
-        raise _damaged(path, "unfinished blocks")
-    key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, encoder)
+        raise damaged(path, "unfinished blocks")
     return Features(key, values, tiles.xy, tiles.status)
 
 
 def _read_or_map(file: h5py.File, name: str, *, mapped: bool) -> Any:  # noqa: ANN401 - an array
-    """Return a dataset as an array, or mapped copy-on-write: the file stays as it is."""
+    """Return a dataset as an array, or mapped copy-on-write: the file stays as it is.
+
+    One that lies in one piece is read past HDF5, which is quicker.
+    """
     data = file[name]
-    if mapped and (offset := data.id.get_offset()):
+    if not (offset := data.id.get_offset()):
+        return data[:]
+    if mapped:
         return np.memmap(file.filename, data.dtype, "c", offset, data.shape)
-    return data[:]
+    return np.fromfile(file.filename, data.dtype, data.size, offset=offset).reshape(data.shape)
 
 
 def feature_shape(path: Path) -> tuple[tuple[int, ...], int]:
@@ -200,7 +163,7 @@ def verify_features(path: Path) -> Key:
     Raises:
         DataError: a block is damaged or was never written; otherwise as `read_features`.
     """
-    bad = 0
+    torn = nan = 0
     with _reading(path) as file:
         tiles = _read_tile_part(file, file["status"][:])
         blocks = _blocks(len(tiles))
@@ -208,11 +171,12 @@ def verify_features(path: Path) -> Key:
             kept = [file[name][rows] for name in ("features", "scales") if name in file]
             status, values = tiles.status[rows], kept[-1]
             missing = np.isnan(values).any(axis=tuple(range(1, values.ndim)))
-            same = np.array_equal(missing, status != TileStatus.OK)
-            bad += not (crc == _crc(*kept, status) and same)
-        key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, str(file.attrs["encoder"]))
-    if bad:
-        raise _damaged(path, f"{bad} of {len(blocks)} blocks")
+            whole = crc == _crc(*kept, status)
+            torn += not whole
+            nan += whole and not np.array_equal(missing, status != TileStatus.OK)
+        key = key_in(file.attrs, tiles)
+    if torn or nan:
+        raise damaged(path, block_faults(torn, nan, len(blocks)))
     return key
 
 
@@ -226,14 +190,6 @@ def _crc(*parts: Any) -> int:  # noqa: ANN401 - whole arrays, or bytes
     for part in parts:
         crc = zlib.crc32(part, crc)
     return crc or 1
-
-
-def _layout(encoder: str, row_shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return the row shape and type of what is written row by row, in the checksum's order."""
-    kept = {"features": (row_shape, "<f2")}
-    if encoder.endswith(INT8):
-        kept = {"features": (row_shape, "i1"), "scales": (row_shape[:-1], "<f4")}
-    return {**kept, "status": ((), "u1")}
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> None:
@@ -264,7 +220,7 @@ class FeatureWriter:
         self.path, self.part = path, part_path(path)
         self.n, self.row_shape = len(tiles), row_shape
         self._tiles, self._encoder = tiles, encoder
-        self._layout = _layout(encoder, row_shape)
+        self._layout = layout(encoder, row_shape)
         self._row_bytes = {
             name: int(np.prod(shape)) * np.dtype(kind).itemsize
             for name, (shape, kind) in self._layout.items()
@@ -286,9 +242,7 @@ class FeatureWriter:
             for name, (shape, kind) in self._layout.items():
                 _allocate(file, name, (self.n, *shape), kind)
             _allocate(file, "block_crc32", (len(_blocks(self.n)),), "<u4")
-            file["features"].attrs.update(
-                {"name": self._tiles.item, "savetodir": "None", "encoder": self._encoder}
-            )
+            file["features"].attrs.update(features_attributes(self._tiles.item, self._encoder))
             self._locate(file)
         if hasattr(os, "posix_fallocate"):
             with self.part.open("r+b") as file_:
@@ -377,3 +331,51 @@ class FeatureWriter:
         self._file.close()
         if kind is None:
             publish(self.part, self.path, verify_features)
+
+
+class Hdf5:
+    """Entries that are files of a folder, `name` being the file's."""
+
+    suffix, marker = ".h5", ""
+
+    def __init__(self, place: LocalPlace) -> None:
+        """Take the store's folder."""
+        self.place = place
+
+    def read_tiles(self, name: str) -> Tiles:
+        """Read a tiles entry, as `read_tiles` does."""
+        return read_tiles(self.place.path(name))
+
+    def write_tiles(self, name: str, tiles: Tiles) -> None:
+        """Write a tiles entry whole or not at all."""
+        write_tiles(self.place.path(name), tiles)
+
+    def read_features(self, name: str, *, mapped: bool = False) -> Features:
+        """Read a features entry, as `read_features` does."""
+        return read_features(self.place.path(name), mapped=mapped)
+
+    def feature_shape(self, name: str) -> tuple[tuple[int, ...], int]:
+        """Return the shape of one row and how many rows are unreadable."""
+        return feature_shape(self.place.path(name))
+
+    def verify_features(self, name: str) -> Key:
+        """Check every block, as `verify_features` does."""
+        return verify_features(self.place.path(name))
+
+    def writer(
+        self, name: str, tiles: Tiles, encoder: str, row_shape: tuple[int, ...]
+    ) -> FeatureWriter:
+        """Open an entry to be filled."""
+        return FeatureWriter(self.place.path(name), tiles, encoder, row_shape)
+
+    def begun(self, name: str) -> bool:
+        """Tell whether there is an unfinished entry."""
+        return part_path(self.place.path(name)).exists()
+
+    def size(self, name: str) -> int:
+        """Return how many bytes a finished entry takes."""
+        return self.place.stat(name).size
+
+    def remove(self, name: str) -> None:
+        """Remove a finished entry."""
+        self.place.remove(name)

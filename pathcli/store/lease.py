@@ -1,35 +1,40 @@
 """One writer per entry: a lease file beside the entry, refreshed while its owner lives.
 
-The file is created with `O_CREAT | O_EXCL`, says which process of which machine owns it, and
-its modification time is the heartbeat. A lease has lapsed when its process is gone, or, for
-a process that cannot be looked up from here, when its heartbeat stopped.
+The file is created exclusively, says which process of which machine owns it, and its time, by
+the clock of the place it is in, is the heartbeat. A lease has lapsed when its process is gone,
+or, for a process that cannot be looked up from here, when its heartbeat stopped.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
+import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pathcli.errors import BusyError
-from pathcli.store.files import disk_errors
+from pathcli.errors import BusyError, PathcliError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from pathcli.store.place import Place
+
+log = logging.getLogger("pathcli")
 
 HEARTBEAT_S = 10.0
 LAPSE_S = 60.0
 BIRTH_S = 5.0  # a lease is written right after it is created; an empty one died in between
 
 
-def lease_path(entry: Path) -> Path:
-    """Return the path of the lease that guards `entry`."""
-    return entry.with_name(entry.name + ".lease")
+def lease_name(name: str) -> str:
+    """Return the name of the lease that guards the entry `name`."""
+    return f"{name}.lease"
 
 
 def _machine() -> str:
@@ -43,7 +48,12 @@ def _machine() -> str:
 
 
 def _me() -> dict[str, Any]:
-    return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+    return {
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "holding": uuid.uuid4().hex,
+    }
 
 
 def _alive(owner: dict[str, Any]) -> bool:
@@ -68,117 +78,108 @@ def _started(pid: int) -> str:
     return "dead" if fields[0] in {"Z", "X"} else fields[19]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(place: Place, name: str) -> dict[str, Any]:
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        owner = json.loads(place.read(name))
+    except (OSError, ValueError, PathcliError):
         return {}
     return owner if isinstance(owner, dict) else {}
 
 
-def _clock(folder: Path) -> float:
-    """Return the time as the folder's file system has it, which is what heartbeats show."""
-    probe = folder / f"clock.{os.getpid()}-{threading.get_ident()}.part"
-    try:
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink()
-    except OSError:
-        return time.time()
-    return now
+_beats: dict[tuple[str, str], tuple[float, float]] = {}
+"""Of each lease that was looked at: its time, and since when this process has seen it so."""
 
 
-def lapsed(path: Path) -> bool:
-    """Tell whether the lease file at `path` has no living owner any more; no file, no lapse."""
-    owner = _read(path)
+def lapsed(place: Place, name: str) -> bool:
+    """Tell whether the lease file `name` has no living owner any more; no file, no lapse.
+
+    A heartbeat is also over that was seen to stand still as long: where the clocks of hosts
+    differ, its time alone may never be old.
+    """
+    owner = _read(place, name)
     if owner.get("machine") == _machine() and isinstance(owner.get("pid"), int):
         return not _alive(owner)
     try:
-        beat = path.stat().st_mtime
+        beat = place.stat(name).mtime
     except FileNotFoundError:
+        _beats.pop((place.root, name), None)
         return False
-    return _clock(path.parent) - beat > (LAPSE_S if owner else BIRTH_S)
+    known, since = _beats.get((place.root, name), (None, 0.0))
+    if known != beat:
+        since = time.monotonic()
+        _beats[place.root, name] = beat, since
+    quiet_s = max(place.now() - beat, time.monotonic() - since)
+    return quiet_s > (LAPSE_S if owner else BIRTH_S)
 
 
-def _create(path: Path, text: str) -> None:
-    """Create a file that must not exist yet, with its content."""
-    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def _clear(path: Path) -> None:
+def _clear(place: Place, name: str) -> None:
     """Remove a lapsed lease, one process at a time: nobody may remove its successor's."""
-    turn = lease_path(path)
+    turn = lease_name(name)
     try:
-        _create(turn, "")
+        place.create(turn, b"")
     except FileExistsError:
         with suppress(FileNotFoundError):
-            if _clock(path.parent) - turn.stat().st_mtime > LAPSE_S:
-                turn.unlink()
+            if place.now() - place.stat(turn).mtime > LAPSE_S:
+                place.remove(turn)
         time.sleep(BIRTH_S / 50)
         return
     try:
-        if lapsed(path):
-            path.unlink(missing_ok=True)
+        if lapsed(place, name):
+            place.remove(name)
     finally:
-        turn.unlink(missing_ok=True)
+        place.remove(turn)
 
 
-def _take(path: Path) -> dict[str, Any]:
+def _take(place: Place, name: str) -> dict[str, Any]:
     """Create the lease file, taking it over when its owner is gone; return what it says."""
     me = _me()
     deadline = time.monotonic() + 2 * BIRTH_S
     while True:
         try:
-            _create(path, json.dumps(me))
+            place.create(name, json.dumps(me).encode())
         except FileExistsError:
-            if lapsed(path):
-                _clear(path)
-            elif _read(path) or time.monotonic() > deadline:
+            owner = _read(place, name)
+            if owner == me:  # the answer was lost on the network and the question asked again
+                return me
+            if lapsed(place, name):
+                _clear(place, name)
+            elif owner or time.monotonic() > deadline:
                 break
             else:
                 time.sleep(BIRTH_S / 50)
         else:
             return me
-    owner = _read(path)
     host = str(owner.get("machine", "another machine")).split(" ", maxsplit=1)[0]
     msg = (
-        f"{path.name.removesuffix('.lease')}: being written by process {owner.get('pid')} on "
-        f"{host}; run the same command again when it has finished"
+        f"{name.rpartition('/')[2].removesuffix('.lease')}: being written by process "
+        f"{owner.get('pid')} on {host}; run the same command again when it has finished"
     )
     raise BusyError(msg)
 
 
 @contextmanager
-def lease(entry: Path, option: str = "--store") -> Iterator[Callable[[], bool]]:
-    """Hold the lease of `entry` for the length of the block; `option` says where it lies.
+def lease(place: Place, name: str) -> Iterator[Callable[[], bool]]:
+    """Hold the lease of the entry `name` of a place for the length of the block.
 
     Yields a function that tells whether it is still held: a process that was stopped for
     longer than the heartbeat allows must not publish what another has taken up.
 
     Raises:
         BusyError: a living process holds it.
-        ResourceError: the disk is full, or the folder may not be written.
+        ResourceError: the place is full, away, or may not be written.
     """
-    path = lease_path(entry)
-    with disk_errors(path, option):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mine = _take(path)
+    held_by = lease_name(name)
+    mine = _take(place, held_by)
     done = threading.Event()
 
     def held() -> bool:
-        return _read(path) == mine
+        return _read(place, held_by) == mine
 
     def beat() -> None:
         while not done.wait(HEARTBEAT_S):
-            with suppress(OSError):
+            with suppress(OSError, PathcliError):
                 if held():
-                    os.utime(path)
+                    place.touch(held_by)
 
     thread = threading.Thread(target=beat, name="lease", daemon=True)
     thread.start()
@@ -187,5 +188,8 @@ def lease(entry: Path, option: str = "--store") -> Iterator[Callable[[], bool]]:
     finally:
         done.set()
         thread.join()
-        if held():
-            path.unlink(missing_ok=True)
+        try:
+            if held():
+                place.remove(held_by)
+        except (OSError, PathcliError) as error:
+            log.debug("%s: a lease that lapses by itself was left (%s)", held_by, error)

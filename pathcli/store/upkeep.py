@@ -1,11 +1,18 @@
-"""What a store holds and what is wrong with it: findings out of files, and their removal."""
+"""What is wrong with a store, what mends it, and the removal of what nobody will finish or use.
+
+Ages are by the clock of the store's place. Nothing is removed that pathcli did not write.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import time
+import re
+import shlex
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pathcli.errors import (
@@ -16,76 +23,65 @@ from pathcli.errors import (
     PathcliError,
     ResourceError,
 )
-from pathcli.store.files import part_path
-from pathcli.store.hdf5 import read_tiles, verify_features
-from pathcli.store.lease import LAPSE_S, lapsed, lease, lease_path
-from pathcli.store.store import Store, key_of
+from pathcli.store.entries import key_of
+from pathcli.store.int8 import INT8
+from pathcli.store.lease import LAPSE_S, lapsed, lease, lease_name
+from pathcli.store.place import LocalPlace
+from pathcli.store.store import default_root
+from pathcli.store.units import ENTRIES, TEMPORARY, Unit, holds_others, units
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+    from pathcli.store.store import Store
+    from pathcli.types import Key
 
 log = logging.getLogger("pathcli")
+
+FAULTY = ("broken", "mixed")
+"""The states of what cannot be trusted."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One file of the store: `state` is ok, pending, stale, broken or foreign."""
+    """What is said of one name of the store; `mend` is the command that mends it, if one does.
 
-    path: Path
+    ok; pending: a running or just killed command will finish it; stale: nobody will; broken: an
+    entry that cannot be trusted; mixed: its rows are shaped unlike those beside it; torn: some
+    of its lines are no answers; unreadable: the system does not let it be read; newer: of a
+    later pathcli; foreign: not written by pathcli.
+    """
+
+    name: str
     state: str
     detail: str = ""
+    mend: str = ""
 
 
 def verify(store: Store) -> Iterator[Finding]:
-    """Check every file below the store's root, every block against its checksum.
-
-    pending: a temporary that a running or just killed command will finish; stale: one whose
-    lease has lapsed; broken: an entry that cannot be trusted; unreadable: the system does not
-    let it be read; newer: of a later pathcli; foreign: not written by pathcli.
-    """
-    for path in sorted(store.root.rglob("*")):
-        if not path.is_dir() and path != store.root / "store.json":
-            yield from _findings(store, path)
-
-
-def _findings(store: Store, path: Path) -> Iterator[Finding]:
-    """Yield what is to be said of one file; nothing of a lease that is no news."""
-    depth = path.relative_to(store.root).parts
-    ours = _DEPTH.get(depth[0]) == len(depth)
-    if ours and path.suffix == ".part":
-        yield _temporary(path)
-    elif ours and path.suffix == ".lease":
-        found = _temporary(path)  # beside a pending temporary a lease is no news
-        if found.state == "stale" or not part_path(path.with_suffix("")).exists():
+    """Check everything below the store's root, every block of an entry against its checksum."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for unit in units(store):
+        for found in _findings(store, unit):
             yield found
-    elif ours and path.suffix == _SUFFIX[depth[0]]:
-        yield _entry(path, depth[0])
-    else:
-        yield Finding(path, "foreign", "not written by pathcli; left alone")
+            if found.state == "ok" and unit.key and unit.key.encoder:
+                with suppress(PathcliError, KeyError):  # gone meanwhile
+                    folder = shapes.setdefault(unit.name.rpartition("/")[0], {})
+                    folder[unit.name] = store.features.shape(unit.key)[0]
+    for folder in shapes.values():
+        yield from _mixed(store, folder)
 
 
-_DEPTH = {"slides": 2, "tiles": 3, "features": 4}
-_SUFFIX = {"slides": ".json", "tiles": ".h5", "features": ".h5"}
-
-
-def _entry(path: Path, kind: str) -> Finding:
-    try:
-        if kind == "slides":
-            json.loads(path.read_text(encoding="utf-8"))
-        elif key_of(path) is None:
-            return Finding(path, "foreign", "not written by pathcli; left alone")
-        else:
-            found = read_tiles(path).key if kind == "tiles" else verify_features(path)
-            if found != key_of(path):
-                return Finding(path, "broken", f"is the entry of {found}; run: pathcli store prune")
-    except FileNotFoundError:
-        return Finding(path, "pending", "replaced while it was read")
-    except OSError as error:
-        return Finding(path, "unreadable", str(error))
-    except (PathcliError, ValueError) as error:
-        return Finding(path, _STATES.get(type(error), "broken"), str(error))
-    return Finding(path, "ok")
+def _findings(store: Store, unit: Unit) -> Iterator[Finding]:
+    """Yield what is to be said of one unit; nothing of a lease that is no news."""
+    if unit.key and unit.kind in ENTRIES:
+        yield _entry(store, unit, unit.key)
+    elif unit.kind in TEMPORARY:
+        yield from _temporary(store, unit)
+    elif unit.kind == "foreign":
+        yield Finding(unit.name, "foreign", "not written by pathcli", _MEND["foreign"])
+    elif unit.kind != "store":
+        yield _text(store, unit)
 
 
 _STATES: dict[type[Exception], str] = {
@@ -93,31 +89,172 @@ _STATES: dict[type[Exception], str] = {
     ForeignError: "foreign",
     ResourceError: "unreadable",
 }
+_MEND = {
+    "newer": "pip install --upgrade pathcli",
+    "foreign": "none: it is left alone; move it out of the store",
+    "unreadable": "none: let it be read, or wait; then pathcli store verify",
+}
 
 
-def _temporary(path: Path) -> Finding:
-    entry = path.with_suffix("")
-    holder = lease_path(entry)
-    beats = [p.stat().st_mtime for p in (holder, path) if p.exists()]
-    quiet_s = time.time() - max(beats, default=0.0)
-    alive = holder.exists() and not lapsed(holder)
-    if entry.exists() and not alive:
-        detail = "left beside a finished entry; run: pathcli store prune"
-        return Finding(path, "stale", detail)
-    if alive or quiet_s <= LAPSE_S:
-        detail = "being written, or just killed: the same command resumes it"
-        return Finding(path, "pending", detail)
-    detail = f"untouched for {quiet_s / 60:.0f} min: rerun its command, or pathcli store prune"
-    return Finding(path, "stale", detail)
+def _entry(store: Store, unit: Unit, key: Key) -> Finding:
+    entries = store.features if key.encoder else store.tiles
+    try:
+        said = entries.verify(key)
+    except KeyError:
+        return Finding(unit.name, "pending", "replaced while it was read")
+    except PathcliError as error:
+        state = _STATES.get(type(error), "broken")
+        why = re.sub(r"; run: .*$", "", str(error).rpartition(f"{unit.name}: ")[2])
+        return Finding(unit.name, state, why, _MEND.get(state) or _anew(store, key))
+    if said == key:
+        return Finding(unit.name, "ok")
+    place = "/".join(filter(None, (said.encoder, said.tiles, said.stem)))
+    return Finding(unit.name, "broken", f"says it is the entry of {place}", _anew(store, key))
+
+
+def _anew(store: Store, key: Key) -> str:
+    return f"{_prune(store)} && {_command(store, key)}"
+
+
+def _at(store: Store) -> str:
+    """Return the option that names a store, of one that is not the usual."""
+    usual = str(Path(default_root()).expanduser()) == str(store.root)
+    return "" if usual else f" --store {shlex.quote(str(store.root))}"
+
+
+def _prune(store: Store) -> str:
+    return f"pathcli store prune{_at(store)}"
+
+
+def _command(store: Store, key: Key) -> str:
+    """Return the command that makes an entry, of the slide where its card says it was."""
+    slide = "SLIDE"
+    with suppress(OSError, PathcliError, ValueError, KeyError, TypeError):
+        card = json.loads(store.place.read(f"slides/{key.item}.json"))
+        slide = shlex.quote(card["last_seen"])
+    at = _at(store)
+    if key.encoder is None:
+        return f"pathcli tile {slide}{at}"
+    encoder = key.encoder.removesuffix(INT8).rpartition("-")[0]
+    return f"pathcli embed {slide} --encoder {encoder}{at}"
+
+
+def _mixed(store: Store, folder: dict[str, tuple[int, ...]]) -> Iterator[Finding]:
+    """Yield the entries of one encoder and tile specification whose rows are unlike the most."""
+    counts = Counter(folder.values())
+    usual, most = next(iter(counts.most_common(1)))
+    for name, shape in folder.items():
+        if shape != usual:
+            encoder = name.split("/")[1]
+            detail = f"rows of {shape} beside {most} entries of {usual}: of another encoder"
+            mend = f"{_prune(store)} --encoder {encoder}, then embed again"
+            yield Finding(name, "mixed", detail, mend)
+
+
+def _text(store: Store, unit: Unit) -> Finding:
+    """Return what is to be said of a slide's card or of lines of JSON."""
+    try:
+        data = store.place.read(unit.name)
+        if unit.kind == "slides":
+            json.loads(data)
+            return Finding(unit.name, "ok")
+        torn = sum(map(_is_torn, data.splitlines()))
+    except FileNotFoundError:
+        return Finding(unit.name, "pending", "replaced while it was read")
+    except ResourceError as error:
+        return Finding(unit.name, "unreadable", str(error), _MEND["unreadable"])
+    except ValueError as error:
+        mend = f"{_prune(store)} && pathcli tile SLIDE{_at(store)}"
+        return Finding(unit.name, "broken", f"not a slide's card ({error})", mend)
+    if not torn:
+        return Finding(unit.name, "ok")
+    detail = f"lines cut off by a kill or a full disk: {torn}; readers pass over them"
+    return Finding(unit.name, "torn", detail, "none needed")
+
+
+def _is_torn(line: bytes) -> bool:
+    try:
+        return bool(line.strip()) and not isinstance(json.loads(line), dict)
+    except ValueError:
+        return True
+
+
+# --- what is not finished ----------------------------------------------------------------
+
+_OF_ONE_PROCESS = re.compile(r"\.\d+-\d+\.part$")  # small files; no lease guards them
+
+
+def _entry_name(unit: Unit) -> str:
+    """Return the name of the entry that a temporary or a lease is of."""
+    return re.sub(r"(\.part|(\.lease)+)$", "", _OF_ONE_PROCESS.sub("", unit.name))
+
+
+def _temporary(store: Store, unit: Unit) -> Iterator[Finding]:
+    """Yield what is to be said of what is not finished; ages are by the place's clock."""
+    place, entry = store.place, _entry_name(unit)
+    holder = lease_name(entry)
+    guarded = unit.kind != "probe" and not _OF_ONE_PROCESS.search(unit.name)
+    times = [place.stat(name).mtime for name in {unit.name, holder} if place.exists(name)]
+    times += [unit.time] if unit.kind == "unfinished" else []
+    finished = place.exists(entry + store.backend.marker)
+    if not times or (finished and unit.kind == "unfinished"):
+        return  # gone, or finished, meanwhile
+    quiet_s = place.now() - max(times)
+    ahead = f"its time is {_span(-quiet_s)} ahead of the store's clock"
+    key = key_of(entry) if entry.partition("/")[0] in ENTRIES else None
+    again = _command(store, key) if key else ""
+    if guarded and place.exists(holder) and not lapsed(place, holder):
+        if unit.kind == "lease" and store.backend.begun(entry):
+            return  # it is told with what is being written
+        detail, mend = "being written", ""
+        if quiet_s < -LAPSE_S:
+            detail, mend = (
+                f"held by another host; {ahead}",
+                f"if nobody runs it: {_rm(store, holder)}",
+            )
+        yield Finding(unit.name, "pending", detail, mend)
+    elif guarded and finished:
+        yield Finding(unit.name, "stale", "left beside a finished entry", _prune(store))
+    elif guarded and quiet_s < -LAPSE_S:
+        yield Finding(unit.name, "stale", ahead, _prune(store))
+    elif quiet_s <= LAPSE_S:
+        yield Finding(unit.name, "pending", "just killed; the command goes on with it", again)
+    else:
+        mend = f"{again}, or {_prune(store)}" if again and unit.kind != "lease" else _prune(store)
+        yield Finding(unit.name, "stale", f"untouched for {_span(quiet_s)}", mend)
+
+
+def _rm(store: Store, name: str) -> str:
+    tool = "rm" if isinstance(store.place, LocalPlace) else "aws s3 rm"
+    return f"{tool} {shlex.quote(f'{store.root}/{name}')}"
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"  # noqa: PLR2004 - two hours
+
+
+# --- removing ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Removal:
-    """One file that `prune` removes, and why."""
+    """One entry or file that `prune` removes, and why; `size` in bytes."""
 
-    path: Path
+    unit: Unit
     why: str
-    size: int
+
+    @property
+    def name(self) -> str:
+        """Return its name."""
+        return self.unit.name
+
+    @property
+    def size(self) -> int:
+        """Return how many bytes it takes."""
+        return self.unit.size
+
+
+BY_REQUEST = "by request"
 
 
 def prune(
@@ -137,38 +274,47 @@ def prune(
 
     Raises:
         DataError: no entry has this encoder id.
+        ResourceError: the store may not be written.
     """
-    gone = [
-        Removal(f.path, f.state, f.path.stat().st_size)
-        for f in verify(store)
-        if f.state in {"stale", "broken"}
-    ]
-    known = {r.path for r in gone}
-    if encoder and not (store.root / "features" / encoder).is_dir():
-        ids = ", ".join(sorted({str(k.encoder) for k in store.features})) or "none"
-        msg = f"no features of encoder {encoder!r} in {store.root}; there are: {ids}"
+    found, oldest = list(units(store)), store.place.now() - 86400 * (older_than_days or 0)
+    features = [unit for unit in found if unit.key and unit.key.encoder]
+    ids = {str(unit.key.encoder) for unit in features if unit.key}
+    if encoder and encoder not in ids:
+        there = ", ".join(sorted(ids)) or "none"
+        msg = f"no features of encoder {encoder!r} in {store.root}; there are: {there}"
         raise DataError(msg)
+    wanted = set()
     if encoder or older_than_days is not None:
-        limit = time.time() - 86400 * (older_than_days or 0)
-        for key in store.features:
-            path = store.features.path(key)
-            wanted = encoder in {None, key.encoder} and path.stat().st_mtime < limit
-            if wanted and path not in known:
-                gone.append(Removal(path, "by request", path.stat().st_size))
+        chosen = [u for u in features if u.key and encoder in {None, u.key.encoder}]
+        wanted = {u.name for u in chosen if u.kind == "features" and u.time < oldest}
+    gone = []
+    for unit in found:
+        states = {f.state for f in _findings(store, unit)} if unit.name not in wanted else set()
+        why = BY_REQUEST if unit.name in wanted else next(iter(states & {"stale", "broken"}), "")
+        if why:
+            gone.append(Removal(unit, why))
     return gone if dry_run else [removal for removal in gone if _remove(store, removal)]
 
 
 def _remove(store: Store, removal: Removal) -> bool:
-    """Remove one file, unless a writer has taken it up since it was looked at."""
-    path = removal.path
-    entry = path.with_suffix("") if path.suffix in {".part", ".lease"} else path
+    """Remove one of what was found, unless a writer has taken it up since."""
+    unit, place = removal.unit, store.place
+    entry = _entry_name(unit)
     try:
-        with lease(entry):
-            if removal.why == "broken" and [f.state for f in _findings(store, path)] != ["broken"]:
+        with lease(place, entry):
+            if removal.why == "broken" and all(f.state != "broken" for f in _findings(store, unit)):
                 return False  # written anew meanwhile
-            path.unlink(missing_ok=True)
+            if unit.kind == "unfinished" and place.exists(entry + store.backend.marker):
+                return False
+            if unit.kind in {*ENTRIES, "unfinished"}:
+                if holds_others(store, entry):
+                    log.warning("kept %s: it holds a file not written by pathcli", entry)
+                    return False
+                store.backend.remove(entry)
+            else:
+                place.remove(unit.name)
     except BusyError:
-        log.info("kept %s: it is being written", path)
+        log.info("kept %s: it is being written", unit.name)
         return False
-    log.info("removed %s (%s)", path, removal.why)
+    log.info("removed %s (%s)", unit.name, removal.why)
     return True

@@ -16,6 +16,7 @@ import numpy as np
 from pathcli.errors import ResourceError, UsageError
 from pathcli.recipe import build, check_recipe
 from pathcli.registry import did_you_mean
+from pathcli.slides.plan import unwritten_store
 from pathcli.store.store import default_root
 from pathcli.torchvision_guard import guard_torchvision
 from pathcli.vlm.lengths import Lengths, lengths_of
@@ -34,6 +35,7 @@ _LAYER = 34
 """Bytes a layer keeps of each token and unit of width for the way back, at 16 bits, attention's
 own matrix not among them (Korthikanti et al. 2022, arXiv:2205.05198, equation 2)."""
 _GIB = 2**30
+_BAGS = {"mil", "mil-outcome"}
 
 
 class Part(NamedTuple):
@@ -73,11 +75,11 @@ class Plan:
         return known | dict(self.numbers) | {"notes": list(self.notes)}
 
 
-def plan(recipe: Recipe, gpu: str = "a100-80g", store: Path | None = None) -> Plan:
+def plan(recipe: Recipe, gpu: str = "a100-80g", store: Path | str | None = None) -> Plan:
     """Return what training a recipe would take, on `gpu`: a name, or as in 8xa100-80g several.
 
     What the recipe still asks for may be missing, and so may weights and data. `store` is the
-    folder that image tokens would be kept in (default: the user's store).
+    one that image tokens would be kept in (default: the user's store).
 
     Raises:
         UsageError: the recipe is wrong, or no GPU is called so.
@@ -126,7 +128,7 @@ class _Draft:
         self.given = not any(path.startswith("data") for path in asked)
         self.parts: list[Part] = []
         self.notes: list[str] = []
-        self.store = default_root()
+        self.store: Path | str = default_root()
         self.lengths: Lengths | None = None
         self.tower = self._tower()
         self.cache: CacheSettings = getattr(task, "cache", CacheSettings())
@@ -248,8 +250,9 @@ class _Draft:
 
         model: Any = getattr(self.task, "model", None)
         with torch.device("meta"):
-            if self.recipe.task == "mil" and self.tower:
-                name, module = "head", self.task.head(self.tower.pooled, 2)
+            if self.recipe.task in _BAGS and self.tower:
+                outputs = getattr(getattr(self.task, "outcome", None), "logits", 2)
+                name, module = "head", self.task.head(self.tower.pooled, outputs)
             elif hasattr(model, "architecture"):
                 guard_torchvision()
                 import open_clip  # noqa: PLC0415
@@ -265,7 +268,7 @@ class _Draft:
         return Part(name, weights, sum(w.numel() for w in module.parameters()) - weights)
 
     def _steps_alone(self) -> None:
-        if self.recipe.task == "mil":
+        if self.recipe.task in _BAGS:
             return
         self.lengths = lengths_of(self.task, 0, given=self.given, counted=False)
         self.notes += self.lengths.notes
@@ -343,14 +346,14 @@ class _Draft:
         if lengths.images is not None:
             found["cache_gb"] = _short(each * lengths.images / 1e9)
             shape = self.tower.tokens, self.tower.width
-            kept = sum(f.stat().st_size for f in self._entries())
+            kept = sum(self._entries())
             require_space(self.store, lengths.images, shape, self.cache, kept)
         return found
 
-    def _entries(self) -> Iterator[Path]:
-        """Yield what the store has of this kind of encoder, of whatever weights."""
-        kind = self.recipe.values["encoder"]["kind"]
-        yield from (self.store / "features").glob(f"{kind}-*/*/*.h5")
+    def _entries(self) -> Iterator[int]:
+        """Yield the bytes of what the store has of this kind of encoder, of whatever weights."""
+        kind, entries = self.recipe.values["encoder"]["kind"], unwritten_store(self.store).features
+        yield from (entries.size(key) for key in entries if str(key.encoder).startswith(f"{kind}-"))
 
 
 def _short(number: float) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,7 +22,6 @@ from pathcli.store.int8 import INT8
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from pathcli.store import Store
     from pathcli.types import Encoder, HalfArray, ImageRef, Progress
@@ -48,12 +48,12 @@ class CacheSettings:
 
 
 def require_space(
-    root: Path, n: int, row_shape: Sequence[int], settings: CacheSettings, kept: int = 0
+    root: Path | str, n: int, row_shape: Sequence[int], settings: CacheSettings, kept: int = 0
 ) -> None:
     """Refuse a cache that a store's disk has no room for.
 
     Args:
-        root: folder of the store, which need not be there yet.
+        root: folder of the store, which need not be there yet; an address has room for all.
         n: images.
         row_shape: tokens [t, d] of one.
         settings: how they are kept.
@@ -62,8 +62,10 @@ def require_space(
     Raises:
         ResourceError: it does not fit; the message has the numbers.
     """
-    each = settings.row_bytes(row_shape)
-    there = next(path for path in (root, *root.absolute().parents) if path.exists())
+    if "://" in str(root):
+        return
+    each, folder = settings.row_bytes(row_shape), Path(root)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if n * each - kept > free - MARGIN:
         shape = " x ".join(map(str, row_shape))
