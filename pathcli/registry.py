@@ -29,6 +29,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "mini-clip": "pathcli.encoders.mini_clip:MiniClip",
         "eva-clip-g": "pathcli.encoders.eva:EvaClipG",
         "hf": "pathcli.encoders.hf:HFClipEncoder",
+        "imported": "pathcli.encoders.imported:Imported",
     },
     "model": {
         "open-clip": "pathcli.encoders.open_clip_model:OpenClipModel",
@@ -52,10 +53,16 @@ BUILTIN: dict[str, dict[str, str]] = {
     "language": {"hf": "pathcli.vlm.language:HFLanguage"},
     "task": {
         "mil": "pathcli.mil.task:MilTask",
+        "mil-outcome": "pathcli.mil.outcome_task:OutcomeTask",
         "contrastive": "pathcli.encoders.contrastive:ContrastiveTask",
         "itc-itm": "pathcli.encoders.itc_itm:ItcItmTask",
         "align": "pathcli.vlm.align:AlignTask",
         "generate": "pathcli.vlm.generate:GenerateTask",
+    },
+    "outcome": {
+        "regression": "pathcli.mil.outcomes:Regression",
+        "cox": "pathcli.mil.outcomes:Cox",
+        "hazards": "pathcli.mil.outcomes:Hazards",
     },
     "data": {
         "bags": "pathcli.mil.bags:BagData",
@@ -66,6 +73,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "tissue": {
         "otsu": "pathcli.slides.tissue:Otsu",
+        "imported": "pathcli.slides.imported:Imported",
         "hsv": "pathcli.slides.tissue:HSV",
         "hsv:bwh_biopsy": "pathcli.slides.tissue_methods:bwh_biopsy",
         "hsv:bwh_resection": "pathcli.slides.tissue_methods:bwh_resection",

@@ -350,7 +350,7 @@ def test_the_registry_is_what_help_says(slide_path: Path, run: Run) -> None:
     _, out, _ = run("tile", "--help")
     assert "otsu|hsv|hsv:PRESET|auto|none" in " ".join(out.split())
     plain = [name for name in registry.BUILTIN["tissue"] if ":" not in name]
-    assert sorted(plain) == sorted(["otsu", "hsv", "auto", "none"])
+    assert sorted(plain) == sorted(["otsu", "hsv", "auto", "none", "imported"])
 
 
 def test_anything_is_json_or_text(slide_path: Path, run: Run) -> None:

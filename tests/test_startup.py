@@ -39,7 +39,7 @@ def test_the_help_of_a_command_imports_no_torch(command: str) -> None:
 
 def test_every_file_of_commands_is_listed() -> None:
     folder = Path(sys.modules["pathcli.cli"].__file__ or "").parent
-    parts = {"--init--", "options", "show", "batch", "reference", "ask-slides"}
+    parts = {"--init--", "options", "show", "batch", "reference", "ask-slides", "store-exchange"}
     parts |= {"data-caption", "data-clean", "data-files", "data-instruct"}
     files = {p.stem.replace("_", "-") for p in folder.glob("*.py")}
     assert files - parts == set(COMMANDS)
