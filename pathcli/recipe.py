@@ -76,10 +76,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Checkup:
-    """What is wrong with a recipe, each fault with its path; and what it still asks for."""
+    """What is wrong with a recipe, each fault with its path; and what it still asks for.
+
+    `resolved` has the values of the sections that could be read, with every default.
+    """
 
     faults: tuple[str, ...]
     asked: tuple[str, ...]
+    resolved: Mapping[str, Any]
 
 
 # --- finding and reading -----------------------------------------------------------------
@@ -219,7 +223,7 @@ class _Check:
 
     @property
     def checkup(self) -> Checkup:
-        return Checkup(tuple(self.faults), tuple(self.asked))
+        return Checkup(tuple(self.faults), tuple(self.asked), self.resolved)
 
     def _task(self, factory: Any, values: dict[str, Any]) -> None:  # noqa: ANN401
         sections, built = _arguments(factory), {}

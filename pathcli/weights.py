@@ -26,6 +26,11 @@ from pathcli.registry import did_you_mean
 
 log = logging.getLogger("pathcli")
 
+HUB_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.jinja")
+"""What is taken of a whole repository of the hub: what stands at its top."""
+HUB_BELOW = ("qformer_tokenizer/*",)
+"""And below it: InstructBLIP's second tokenizer."""
+
 
 def card(name: str) -> Card:
     """Return the card of a downloadable model.
@@ -177,15 +182,13 @@ def _from_hub(source: Hub, *, local_only: bool = False) -> Path:
                 for name in files
             ]
             return Path(paths[-1])
-        second = ["qformer_tokenizer/*"]  # InstructBLIP's; all else stands beside the weights
-        kinds = ["*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.jinja"]
         folder = ""
-        for patterns, ignored in (second, None), (kinds, ["*/*"]):
+        for patterns, ignored in (HUB_BELOW, None), (HUB_FILES, ["*/*"]):
             folder = snapshot_download(
                 source.repo,
                 revision=revision,
                 local_files_only=local_only,
-                allow_patterns=patterns,
+                allow_patterns=list(patterns),
                 ignore_patterns=ignored,
             )
         return Path(folder)

@@ -1,4 +1,4 @@
-"""`pathcli models`: what can be fetched, what is here, fetching it, and converting others'."""
+"""`pathcli models`: what can be fetched, what is here, fetching, bundling, converting others'."""
 
 from __future__ import annotations
 
@@ -10,10 +10,22 @@ import typer
 from pathcli.cli import options as o
 
 if TYPE_CHECKING:
+    from pathcli.bundles import Bundled
     from pathcli.cards import Card
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="A name that `models list` prints.")]
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(help="Names that `models list` prints, or hf:OWNER/NAME of the hub."),
+]
+OfRecipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", help="Also all that a recipe or a run names.", metavar="NAME|FILE|RUN"
+    ),
+]
+Bundle = Annotated[Path, typer.Argument(help="A folder that `models bundle` wrote.")]
 Source = Annotated[Path, typer.Argument(help="Folder or file of LLaVA's, LAVIS' or xtuner's.")]
 Converted = Annotated[Path, typer.Argument(help="Folder to write, not there yet.")]
 Tower = Annotated[
@@ -28,7 +40,7 @@ Language = Annotated[
 
 @app.callback()
 def root() -> None:
-    """List, describe and fetch downloads, and convert published models."""
+    """List, describe, fetch and bundle downloads, and convert published models."""
 
 
 @app.command("list")
@@ -98,6 +110,60 @@ def pull(name: Name, json: o.Json = False) -> None:
         show.as_json({"name": name, "path": str(path), "licence": licence})
     else:
         show.say(f"{name}: {path} ({licence})")
+
+
+@app.command()
+def bundle(
+    names: Names = None, *, out: o.Folder, recipe: OfRecipe = None, json: o.Json = False
+) -> None:
+    """Copy downloads that are here, and their parts, into one folder for another machine."""
+    from pathcli.bundles import bundle as bundle_  # noqa: PLC0415
+    from pathcli.bundles import recipe_models  # noqa: PLC0415
+    from pathcli.errors import UsageError  # noqa: PLC0415
+    from pathcli.recipe import load_recipe  # noqa: PLC0415
+
+    wanted = list(names or [])
+    if recipe:
+        run = Path(recipe).expanduser() / "recipe.yaml"
+        wanted += recipe_models(load_recipe(run if run.is_file() else recipe))
+    if not wanted:
+        msg = f"the recipe {recipe} names no download" if recipe else "give NAMES, or --recipe"
+        raise UsageError(msg)
+    _tell(bundle_(wanted, out), out, f"there, run: pathcli models unpack {out.name}", json=json)
+    if recipe and not json:
+        from pathcli.cli import show  # noqa: PLC0415
+
+        show.say("not in it: data, runs and checkpoints of your own")
+
+
+@app.command()
+def unpack(folder: Bundle, json: o.Json = False) -> None:
+    """Put what a bundle holds where pathcli looks for it, all or nothing."""
+    from pathcli.bundles import unpack as unpack_  # noqa: PLC0415
+
+    _tell(unpack_(folder), folder, "see: pathcli models list", json=json)
+
+
+def _tell(models: list[Bundled], folder: Path, then: str, *, json: bool) -> None:
+    from pathcli.cli import show  # noqa: PLC0415
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": model.name,
+            "state": "ships with pathcli" if model.state == "shipped" else model.state,
+            "files": len(model.files),
+            "MB": round(model.size / 1e6, 1),
+            "licence": model.licence,
+        }
+        for model in models
+    ]
+    if json:
+        show.as_json({"folder": str(folder), "models": rows})
+        return
+    show.table(rows)
+    files = {file for model in models for file in model.files}
+    size = sum(file.bytes for file in files) / 1e6
+    show.say(f"{folder}: models: {len(rows)}, files: {len(files)}, {size:.1f} MB; {then}")
 
 
 @app.command()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from pathcli.cards import CONCH_TOKENIZER as TOKENIZER
 from pathcli.encoders.checkpoint import fitting_part, read_state, shape_faults
 from pathcli.encoders.preprocess import Preprocess, describe, encoder_id, run
 from pathcli.encoders.text import run_texts, scale_of
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     import torch
 
-TOKENIZER = "conch_byte_level_bpe_uncased.json"
 _TOKENIZER_URL = (
     "https://github.com/mahmoodlab/CONCH/raw/main/conch/open_clip_custom/tokenizers/" + TOKENIZER
 )

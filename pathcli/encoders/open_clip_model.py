@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from pathcli.cards import OPENAI
 from pathcli.encoders.checkpoint import fitting_part, read_state, shape_faults
 from pathcli.encoders.clip import OpenClipEncoder, PathGenClip, PathGenClipL
 from pathcli.encoders.text import clamped
@@ -17,8 +18,6 @@ from pathcli.weights import fetch, local, sha256
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-OPENAI = {"ViT-B-16": "openai-clip-b16", "ViT-L-14-336": "openai-clip-l14-336"}
-"""Which of the downloadable models are OpenAI's weights of an architecture."""
 WEIGHTS = "weights.safetensors"  # of a run
 
 
