@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from pathcli.slides.tiling import tile_spec
@@ -30,6 +31,14 @@ class MeanColour:
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         type(self).passes += 1
         return images.float().mean(dim=(1, 2))
+
+
+class Slow(MeanColour):
+    """Takes its time."""
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05)
+        return super().encode(images)
 
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "grey": (1, 1, 1)}

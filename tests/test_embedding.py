@@ -17,7 +17,6 @@ from pathcli.errors import BusyError, DataError, ResourceError
 from pathcli.slides import direct, readers, tiling
 from pathcli.slides.tiling import tile_spec
 from pathcli.store import Store, upkeep
-from pathcli.store.lease import lease
 
 SPEC = tile_spec(32, 0.5)
 
@@ -193,7 +192,7 @@ def test_two_processes_do_not_write_one_entry(
     key = embed(slide_path, encoder, store=store, spec=SPEC).key  # type: ignore[arg-type]
     store.features.path(key).unlink()
     with (
-        lease(store.features.path(key)),
+        store.features.lock(key),
         pytest.raises(BusyError, match="being written by process"),
     ):
         embed(slide_path, encoder, store=store, spec=SPEC)  # type: ignore[arg-type]

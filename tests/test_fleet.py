@@ -4,8 +4,11 @@ import errno
 import json
 import os
 import signal
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fakes
@@ -16,7 +19,7 @@ from conftest import Run
 
 from pathcli.encoders.embedding import Embedder
 from pathcli.encoders.fleet import Fleet, devices_of
-from pathcli.errors import PathcliError, ResourceError, UsageError
+from pathcli.errors import BusyError, PathcliError, ResourceError, UsageError
 from pathcli.slides.tiling import tile_spec
 from pathcli.store import Store
 
@@ -73,6 +76,19 @@ def test_a_process_that_dies_costs_one_slide(tmp_path: Path, store: Store) -> No
     fleet.close()
 
 
+class Here:
+    """A hand whose slides are embedded by a function."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+
+    def embed(self, job: Any, after: Any) -> Any:
+        return self.work(job, after)
+
+    def close(self) -> None:
+        pass
+
+
 def test_an_interrupted_process_begins_with_no_further_slide(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,8 +98,7 @@ def test_an_interrupted_process_begins_with_no_further_slide(
         begun.append((job[0], after and after[0]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pathcli.encoders.fleet._embed", interrupted)
-    monkeypatch.setattr(Fleet, "_pool", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(Fleet, "_hire", lambda *_: Here(interrupted))
     fleet = Fleet(fakes.MeanColour(), store, devices=["cpu"])
     fleet.expect([("s0.svs", {}), ("s1.svs", {}), ("s2.svs", {})])
     with pytest.raises(KeyboardInterrupt):
@@ -93,13 +108,114 @@ def test_an_interrupted_process_begins_with_no_further_slide(
     assert begun == [("s0.svs", "s1.svs")]
 
 
+def test_a_busy_slide_comes_last_and_is_waited_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun: list[str] = []
+
+    def work(job: Any, after: Any) -> Any:
+        begun.append(job[0])
+        if begun.count(job[0]) < 3 and job[0] == "s0.svs":
+            msg = "s0: being written by process 7 on lab; run the same command again"
+            raise BusyError(msg)
+        return SimpleNamespace(tiles=5, path=job[0])
+
+    monkeypatch.setattr("pathcli.store.turns.POLL_S", 0.05)
+    monkeypatch.setattr(Fleet, "_hire", lambda *_: Here(work))
+    fleet = Fleet(fakes.MeanColour(), store, devices=["cpu"])
+    names = [f"s{i}.svs" for i in range(4)]
+    fleet.expect([(n, {}) for n in names])
+    with caplog.at_level("INFO", "pathcli"):
+        assert [fleet(n).path for n in names] == names  # type: ignore[attr-defined]
+    fleet.close()
+    assert sorted(begun[:4]) == names
+    assert begun[4:] == ["s0.svs", "s0.svs"]
+    assert caplog.messages == ["waiting for s0: being written by process 7 on lab"]
+
+
+def test_where_one_process_cannot_be_had_the_others_do_its_part(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hire(_: Fleet, place: str) -> Here:
+        if place == "cpu":
+            msg = "no room"
+            raise ResourceError(msg)
+        return Here(lambda job, _: SimpleNamespace(tiles=1, path=job[0]))
+
+    monkeypatch.setattr("pathcli.encoders.fleet.pick_device", str)
+    monkeypatch.setattr(Fleet, "_hire", hire)
+    names = [f"s{i}.svs" for i in range(6)]
+    fleet = Fleet(fakes.MeanColour(), store, devices=["cpu", "mps"])
+    fleet.expect([(n, {}) for n in names])
+    assert [fleet(n).path for n in names] == names  # type: ignore[attr-defined]
+    fleet.close()
+    alone = Fleet(fakes.MeanColour(), store, devices=["cpu", "cpu"])
+    alone.expect([(n, {}) for n in names])
+    for name in names:
+        with pytest.raises(ResourceError, match="no room"):
+            alone(name)
+    alone.close()
+
+
+INTERRUPTED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathcli import registry
+registry.BUILTIN["encoder"]["fake"] = "fakes:Slow"
+from pathcli.cli import main
+if __name__ == "__main__":
+    main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.parametrize("when", ["it starts", "it encodes"])
+def test_ctrl_c_ends_the_command_in_one_line_whatever_its_processes_do(
+    tmp_path: Path, store: Store, when: str
+) -> None:
+    paths = slides(tmp_path, 3)
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    how = ["--encoder", "fake", "--size", "32", "--mpp", "0.5", "--batch", "4"]
+    where = ["--device", "cpu,cpu", "--store", str(store.root)]
+    here = str(Path(__file__).parent)
+    child = subprocess.Popen(
+        [sys.executable, str(script), here, "embed", *map(str, paths), *how, *where],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    if when == "it encodes":
+        while not list(Path(store.root).rglob("*.h5.part")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    else:
+        while len(children(child.pid)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)  # the tracker and two processes
+        time.sleep(0.5)
+    begun = time.monotonic()
+    os.killpg(child.pid, signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert time.monotonic() - begun < 20
+    assert child.returncode == 130
+    assert "interrupted; what was finished is kept" in err
+    assert "Traceback" not in err
+    assert not list(Path(store.root).rglob("*.lease"))
+
+
+def children(pid: int) -> list[str]:
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return [child for file in threads for child in file.read_text().split()]
+
+
 def test_a_process_that_cannot_be_started_is_told(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none_left(*_: object) -> None:
         raise OSError(errno.EMFILE, "too many open files")
 
-    monkeypatch.setattr(Fleet, "_pool", none_left)
+    monkeypatch.setattr(Fleet, "_hire", none_left)
     fleet = Fleet(fakes.MeanColour(), store, devices=["cpu"])
     fleet.expect([("s0.svs", {}), ("s1.svs", {})])
     for _, future in fleet._begun:

@@ -6,12 +6,14 @@ import csv
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pathcli.cli import Told, explain, show
-from pathcli.errors import PathcliError
+from pathcli.errors import BusyError, PathcliError
 from pathcli.slides.readers import public_name
+from pathcli.store.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,10 +29,14 @@ FEW = 3  # slides up to which an equal warning is said of each by name
 
 @dataclass
 class Batch:
-    """Results of the slides that went well, and (path, code, reason) of those that did not."""
+    """Results of the slides that went well, and (path, code, reason) of those that did not.
+
+    `listed` is where the latter are kept, in the folder of pictures.
+    """
 
     results: list[dict[str, Any]] = field(default_factory=list)
     failures: list[tuple[str, int, str]] = field(default_factory=list)
+    listed: str = "failures.csv"
 
     @property
     def exit_code(self) -> int:
@@ -42,31 +48,68 @@ class Batch:
 
 
 def run_batch(
-    slides: list[Found], work: Callable[[Found, Progress], dict[str, Any]], out: Path | None
+    slides: list[Found],
+    work: Callable[[Found, Progress], dict[str, Any]],
+    out: Path | None,
+    *,
+    expect: Callable[[list[Found]], None] | None = None,
+    listed: str = "failures.csv",
 ) -> Batch:
-    """Do `work` for each slide, showing progress; write failures.csv to `out` if any failed."""
-    batch = Batch()
+    """Do `work` for each slide, showing progress; write those that failed to `out`/`listed`.
+
+    A slide that another process is at is waited for, when all others are done.
+
+    Args:
+        slides: what to do, in order; results come in this order.
+        work: does one slide.
+        out: the folder; None writes nothing.
+        expect: is told which slides follow, and told again when their order changes.
+        listed: name of the file of failures.
+    """
+    turns = Turns(enumerate(slides))
+    results: dict[int, dict[str, Any]] = {}
+    failures: dict[int, tuple[str, int, str]] = {}
+    busy: set[int] = set()
+    if expect:
+        expect(slides)
     with show.progress(len(slides)) as start:
-        for number, found in enumerate(slides, start=1):
+        while turn := turns.take():
+            number, found = turn
             shown = public_name(found.path)
-            step = start(number, Path(shown).name)
+            # a slide that was busy has a bar, or a line, only when it is begun
+            bar = cache(partial(start, number + 1, Path(shown).name))
+            if number not in busy:
+                bar()
             try:
-                batch.results.append(work(found.checked(), step))
-            except PathcliError as error:
-                batch.failures.append((shown, error.exit_code, str(error)))
-            except MemoryError:
-                batch.failures.append((shown, 5, f"{shown}: out of memory"))
-            except Exception as error:  # the batch goes on; the code is not 0
-                log.debug("%s", shown, exc_info=error)
-                batch.failures.append((shown, 1, f"{shown}: {explain(error)}"))
+                results[number] = work(found.checked(), lambda *at, bar=bar: bar()(*at))
+            except BusyError as error:
+                busy.add(number)
+                turns.busy(turn, error)
+                if expect:
+                    expect([slide for _, slide in turns.free])
+            except Exception as error:  # noqa: BLE001 - the batch goes on; the code is not 0
+                failures[number] = (shown, *_reason(shown, error))
+    batch = Batch(
+        [results[i] for i in sorted(results)], [failures[i] for i in sorted(failures)], listed
+    )
     if out is None:  # a dry run writes nothing
         return batch
-    path = out / "failures.csv"
+    path = out / listed
     if batch.failures and len(slides) > 1:
         _write_failures(batch, path)
     elif path.is_file():  # of an earlier run: nothing failed in this one
         path.unlink()
     return batch
+
+
+def _reason(shown: str, error: Exception) -> tuple[int, str]:
+    """Return the exit code and the line of what went wrong with a slide."""
+    if isinstance(error, PathcliError):
+        return error.exit_code, str(error)
+    if isinstance(error, MemoryError):
+        return 5, f"{shown}: out of memory"
+    log.debug("%s", shown, exc_info=error)
+    return 1, f"{shown}: {explain(error)}"
 
 
 def _write_failures(batch: Batch, path: Path) -> None:
@@ -106,7 +149,7 @@ def finish(
         show.error(f"{reason} ({count} slides)" if count > 1 else reason)
     if batch.failures and len(batch.failures) + len(batch.results) > 1:
         total = len(batch.failures) + len(batch.results)
-        listed = out / "failures.csv" if out else None
+        listed = out / batch.listed if out else None
         where = f": {listed}" if listed and listed.is_file() else ""
         show.say(f"{len(batch.failures)} of {total} slides failed{where}")
     if batch.exit_code:

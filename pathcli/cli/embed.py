@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import closing, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,13 +13,17 @@ from pathcli.cli import options as o
 from pathcli.errors import PathcliError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from pathcli.cli.batch import Batch
     from pathcli.encoders.embedding import Embedder
-    from pathcli.encoders.fleet import Fleet
+    from pathcli.encoders.fleet import Crew
     from pathcli.slides.discovery import Found
-    from pathcli.types import Progress, TileSpec
+    from pathcli.store import Store
+    from pathcli.types import Encoder, Progress, TileSpec
+
+log = logging.getLogger("pathcli")
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -36,6 +41,18 @@ Devices = Annotated[
 Compiled = Annotated[
     bool, typer.Option("--compile", help="Translate the network by torch.compile first.")
 ]
+Engine = Annotated[
+    str,
+    typer.Option("--engine", help="Who runs the work: this machine, or Ray.", metavar="local|ray"),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        help="Ray's cluster; auto is the one this machine is in [default: Ray here alone].",
+        metavar="auto|HOST:PORT",
+    ),
+]
 
 
 @app.command()
@@ -47,6 +64,9 @@ def embed(
     precision: o.Precision = "float32",
     device: Devices = "auto",
     compiled: Compiled = False,
+    engine: Engine = "local",
+    address: Address = None,
+    shard: o.Shard = None,
     batch: o.Batch = 32,
     workers: o.Workers = 2,
     max_bad_tiles: o.MaxBadTiles = 0.01,
@@ -70,70 +90,125 @@ def embed(
     --size and --mpp the encoder's own tile is used.
     """
     from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.cli.batch import finish  # noqa: PLC0415
+    from pathcli.cli.tile import row_of  # noqa: PLC0415
     from pathcli.device import share_cores  # noqa: PLC0415
 
     share_cores()  # before torch is imported
     from pathcli.encoders import build_encoder  # noqa: PLC0415
-    from pathcli.encoders.embedding import Embedder  # noqa: PLC0415
-    from pathcli.encoders.fleet import Fleet, devices_of  # noqa: PLC0415
-    from pathcli.slides.discovery import discover  # noqa: PLC0415
 
-    devices = devices_of(device)
-    for name in devices:
-        o.check(slide_mpp, name)
+    _check(slide_mpp, device, engine, address)
+    mine = _slides(slides, roi, shard)
     built = build_encoder(encoder, checkpoint=checkpoint, tokens=tokens, precision=precision)
     spec = o.spec_of(built.native, size, mpp, step, tissue, min_tissue, drop)
     if size is None and mpp is None:
         show.say(native_line(built.name, spec, built.native_source))
     _ = built.id  # weights that are not here fail the command once, not every slide
     kept = o.open_store(store)
-    how: dict[str, Any] = {"batch": batch, "workers": workers, "compiled": compiled}
+    how: dict[str, Any] = {"address": address} if engine == "ray" else {}
+    how |= {"batch": batch, "workers": workers, "compiled": compiled}
     how["max_bad_tiles"] = max_bad_tiles
-    ready = (
-        Embedder(built, kept, device=device, **how)
-        if len(devices) == 1
-        else Fleet(built, kept, devices=devices, **how)
-    )
     tiling = {"spec": spec, "out": out, "overview": overview, "geojson": geojson}
-    with closing(ready):
-        _embed_all(discover(slides), ready, slide_mpp, roi, tiling, json=json)
+    listed = f"failures-{shard.replace('/', '-of-')}.csv" if shard else "failures.csv"
+    with closing(_engine(engine, device, built, kept, how)) as ready:
+        done = _embed_all(mine, ready, _tiling(slide_mpp, roi, tiling), out, listed)
+    rows = [row_of(r) | features_of(r) for r in done.results]
+    if done.results and not json:
+        show.say(f"features are in {kept.root}; see: pathcli store info ITEM")
+    finish(done, rows, as_json=json, out=out)
+
+
+def _slides(named: list[str], roi: Path | None, shard: str | None) -> list[Found]:
+    """Return the slides that are this command's part.
+
+    Raises:
+        UsageError: there are none, or not one region for each of all.
+    """
+    from pathcli.slides.discovery import discover  # noqa: PLC0415
+    from pathcli.slides.roi import check_rois  # noqa: PLC0415
+
+    found = discover(named)
+    if roi:
+        check_rois(roi, [slide.path for slide in found])
+    return o.shard_of(shard, found)
+
+
+def _tiling(
+    slide_mpp: float | None, roi: Path | None, fixed: dict[str, Any]
+) -> Callable[[Found], dict[str, Any]]:
+    """Return what says of a slide how it is cut."""
+    from pathcli.cli.tile import resolution  # noqa: PLC0415
+
+    @cache
+    def tiling(slide: Found) -> dict[str, Any]:
+        mpp, source = resolution(slide, slide_mpp)
+        own = o.roi_of(roi, str(slide.path))
+        return {"mpp": mpp, "mpp_source": source, "roi": own, **fixed}
+
+    return tiling
+
+
+def _check(slide_mpp: float | None, device: str, engine: str, address: str | None) -> None:
+    """Refuse values that no slide, machine or engine could have.
+
+    Raises:
+        UsageError: one is given.
+    """
+    from pathcli.errors import UsageError  # noqa: PLC0415
+
+    if engine not in {"local", "ray"}:
+        msg = f"--engine is local or ray, not {engine!r}"
+        raise UsageError(msg)
+    if address is not None and engine != "ray":
+        msg = "--address is that of a Ray cluster: give --engine ray too"
+        raise UsageError(msg)
+    for name in [] if device == "cuda:all" else device.split(","):
+        o.check(slide_mpp, name.strip())
+    o.check(slide_mpp)
+
+
+def _engine(
+    engine: str, device: str, encoder: Encoder, store: Store, how: dict[str, Any]
+) -> Embedder | Crew:
+    """Return what embeds: one process, one for each device, or a cluster."""
+    from pathcli.encoders.embedding import Embedder  # noqa: PLC0415
+    from pathcli.encoders.fleet import Fleet, devices_of  # noqa: PLC0415
+
+    if engine == "ray":
+        from pathcli.encoders.ray_engine import RayCrew  # noqa: PLC0415
+
+        return RayCrew(encoder, store, device=device, **how)
+    devices = devices_of(device)
+    if len(devices) == 1:
+        return Embedder(encoder, store, device=devices[0], **how)
+    return Fleet(encoder, store, devices=devices, **how)
 
 
 def _embed_all(
-    found: list[Found],
-    ready: Embedder | Fleet,
-    slide_mpp: float | None,
-    roi: Path | None,
-    tiling: dict[str, Any],
-    *,
-    json: bool,
-) -> None:
-    """Embed slide after slide; print rows and failures, and exit with the batch's code."""
-    from pathcli.cli import show  # noqa: PLC0415
-    from pathcli.cli.batch import finish, run_batch  # noqa: PLC0415
-    from pathcli.cli.tile import resolution, row_of  # noqa: PLC0415
+    slides: list[Found],
+    ready: Embedder | Crew,
+    tiling: Callable[[Found], dict[str, Any]],
+    out: Path,
+    listed: str,
+) -> Batch:
+    """Embed slide after slide; return what became of each."""
+    from pathcli.cli.batch import run_batch  # noqa: PLC0415
     from pathcli.encoders.embedding import embed_summary  # noqa: PLC0415
 
-    @cache
-    def how(slide: Found) -> dict[str, Any]:
-        mpp, source = resolution(slide, slide_mpp)
-        own = o.roi_of(roi, str(slide.path), len(found))
-        return {"mpp": mpp, "mpp_source": source, "roi": own, **tiling}
-
-    def expected() -> Iterator[tuple[Path | str, dict[str, Any]]]:
-        for slide in found:
+    def jobs(slides: list[Found]) -> Iterator[tuple[Path | str, dict[str, Any]]]:
+        for slide in slides:
             with suppress(PathcliError):  # said when it is this slide's turn
-                yield slide.checked().path, how(slide)
+                yield slide.checked().path, tiling(slide)
 
     def work(slide: Found, progress: Progress) -> dict[str, Any]:
-        return embed_summary(ready(slide.path, progress=progress, **how(slide)))
+        run = ready(slide.path, progress=progress, **tiling(slide))
+        if run.encoded:
+            log.info("embedded %s (%d tiles)", run.key.item, run.tiles)
+        return embed_summary(run)
 
-    ready.expect(expected())
-    done = run_batch(found, work, tiling["out"])
-    rows = [row_of(r) | features_of(r) for r in done.results]
-    if done.results and not json:
-        show.say(f"features are in {ready.store.root}; see: pathcli store info ITEM")
-    finish(done, rows, as_json=json, out=tiling["out"])
+    return run_batch(
+        slides, work, out, expect=lambda slides: ready.expect(jobs(slides)), listed=listed
+    )
 
 
 def native_line(name: str, spec: TileSpec, source: str) -> str:

@@ -10,35 +10,34 @@ import logging
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pathcli.device import pick_device
-from pathcli.encoders.reading import Prepared, Reader, SlideRows, drop
+from pathcli.encoders.reading import Prepared, Reader, SlideRows, drop, out_of_memory
 from pathcli.encoders.writing import Writing
 from pathcli.errors import BusyError, DataError, PathcliError, ResourceError
-from pathcli.slides.readers import open_slide
+from pathcli.slides.readers import open_slide, slide_mpp
+from pathcli.slides.roi import Roi, read_roi
 from pathcli.slides.tiling import TileRun, refuse_if_bad, summary, tile_slide
 from pathcli.store import Store
 from pathcli.types import Encoder, Key, silent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
-    from pathlib import Path
 
     import torch
 
     from pathcli.encoders.reading import Rows
-    from pathcli.store.hdf5 import FeatureWriter
+    from pathcli.store.entries import Writer
     from pathcli.types import Progress, Tiles, TileSpec
 
     Job = tuple[Path | str, Mapping[str, Any]]
     """A slide and the keyword arguments its call will have, `progress` left out."""
 
 log = logging.getLogger("pathcli")
-
-_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,8 @@ class Embedder:
     def expect(self, jobs: Iterable[Job]) -> None:
         """Tell which slides will be asked for, in order: each is prepared during the one before.
 
-        Nothing but time depends on it. What is wrong with a slide is raised by its own call.
+        Nothing but time depends on it; it may be told again. What is wrong with a slide is raised
+        by its own call.
         """
         self._expected = deque((str(path), dict(how)) for path, how in jobs)
 
@@ -144,18 +144,36 @@ class Embedder:
     # --- opening, and the next slide ---------------------------------------------------------
 
     def _claim(self, path: Path | str, how: dict[str, Any]) -> Prepared:
-        """Return a slide, prepared before if it was expected, and begin with the one after it."""
+        """Return a slide, prepared before if it was expected, and begin with the one after it.
+
+        Raises:
+            BusyError: another process is at it; the order of the others may change then, so
+                none of them is begun.
+        """
         job = (str(path), how)
         if job in self._expected:
             while self._expected.popleft() != job:
                 pass
-        prepared = self._next[1] if self._next and self._next[0] == job else None
-        if prepared:
+        early = self._next[1] if self._next and self._next[0] == job else None
+        if early:
             self._next = None
         try:
-            return prepared.result() if prepared else self._prepare(path, **how)
-        finally:
+            ready = self._result(early) or self._prepare(path, **how)
+        except BusyError:
+            raise
+        except BaseException:
             self._look_ahead()
+            raise
+        self._look_ahead()
+        return ready
+
+    @staticmethod
+    def _result(early: Future[Prepared] | None) -> Prepared | None:
+        """Return what was prepared; None if another process was at it then."""
+        try:
+            return early.result() if early else None
+        except BusyError:
+            return None
 
     def _look_ahead(self) -> None:
         job = self._expected[0] if self._expected else None
@@ -166,13 +184,23 @@ class Embedder:
             self._next = (job, self._beside.submit(self._prepare, job[0], **job[1]))
 
     def _prepare(self, path: Path | str, spec: TileSpec | None = None, **tiling: Any) -> Prepared:  # noqa: ANN401
-        """Open a slide, cut it and, if it has not been begun yet, read its first batches."""
-        slide = open_slide(path)
+        """Open a slide, cut it and, if it has not been begun yet, read its first batches.
+
+        Nothing is done for a slide that another process is at, nor by two of them at once.
+        """
+        slide, spec = open_slide(path), spec or self.encoder.native
         try:
-            run = tile_slide(slide, spec or self.encoder.native, self.store, **tiling)
-            key = replace(run.tiles.key, encoder=self.encoder.id)
+            if isinstance(roi := tiling.get("roi"), str | Path):
+                roi = read_roi(Path(roi), slide.info.bounds, (slide.info.width, slide.info.height))
+                tiling["roi"] = roi
+            whole = replace(spec, roi=roi.digest) if isinstance(roi, Roi) else spec
+            used = slide_mpp(slide, tiling.get("mpp"))
+            key = Key(slide.info.item, used, whole.digest, self.encoder.id)
+            done = key in self.store.features
+            with nullcontext() if done else self.store.features.lock(key):
+                run = tile_slide(slide, spec, self.store, **tiling)
             rows, n = SlideRows(slide, run.tiles, self.max_bad_tiles), len(run.tiles)
-            begun = key in self.store.features or self.store.features.begun(key)
+            begun = done or self.store.features.begun(key)
             reader = None if begun or self._fault or not n else self._reader(rows, n)
         except BaseException:
             slide.close()
@@ -253,7 +281,7 @@ class Embedder:
                     raise BusyError(msg)
         return n - first
 
-    def _fill(self, reader: Reader, writer: FeatureWriter, progress: Progress) -> None:
+    def _fill(self, reader: Reader, writer: Writer, progress: Progress) -> None:
         """Encode what the reader gives."""
         start, rows, n = time.perf_counter(), reader.rows, reader.n
         bad = writer.resumed_bad
@@ -286,7 +314,7 @@ class Embedder:
                 parts = [self._pass(part) for part in torch.split(pixels, self._fits)]
                 break
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 tiles = self._fits if self.compiled else min(self._fits, len(pixels))
                 fits = tiles // 2  # a compiled pass always had them all
@@ -322,11 +350,6 @@ class Embedder:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             msg = f"{self.encoder.name} cannot be compiled here ({line}); leave --compile out"
             raise ResourceError(msg) from error
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Tell by PyTorch's words, which is all there is on a CPU, whether memory was short."""
-    return isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY)
 
 
 def embed(
