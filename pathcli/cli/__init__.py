@@ -29,10 +29,11 @@ COMMANDS = {
     "search": "Find the tiles of slides that a text describes best.",
     "ask": "Ask a vision-language model about patches, or a slide.",
     "chat": "Ask follow-up questions about the same images.",
+    "serve": "Answer questions about images over HTTP, as OpenAI's endpoints do.",
     "predict": "Say what a trained run makes of slides, and where it looked.",
     "data": "Make, clean, convert, check and review data to train on.",
     "store": "List, check and clean the feature store.",
-    "models": "List, describe and fetch downloads, and convert published models.",
+    "models": "List, describe, fetch and bundle downloads, and convert published models.",
     "doctor": "Say what works on this machine, and what to do about the rest.",
     "demo": "Take one slide all the way: tiles, features, a map, a report.",
 }

@@ -29,7 +29,7 @@ _WRAPPED = re.compile(  # "can you tell me what ...": asked politely, and open
 _ANYWHERE = re.compile(r"\byes\s*(?:or|/)\s*no\b", re.IGNORECASE)
 _WHETHER = re.compile(r"^(?:please\s+)?(?:tell|say|state)\b.*?\b(?:if|whether)\b", re.IGNORECASE)
 _BEGINS = re.compile(r"(?:yes|no)\b|[a-h][.):]")
-_LETTERED = re.compile(r"(?:^|\s)\(?([A-H])[.):]\s+(.*?)(?=\s+\(?[A-H][.):]\s|\s*$)", re.DOTALL)
+_LETTERED = re.compile(r"(?:^| )\(?([A-H])[.):] (.*?)(?= \(?[A-H][.):] |$)")
 
 
 def allowed(question: str, taught: Sequence[Sequence[str]] = ()) -> tuple[str, ...]:
@@ -39,11 +39,11 @@ def allowed(question: str, taught: Sequence[Sequence[str]] = ()) -> tuple[str, .
     more ("Is it a tumor or benign?"); yes and no where the question begins with a verb or says
     so. Of a question whose alternatives are in other words nothing is known: it is open.
     """
-    lettered = _LETTERED.findall(question)
+    lettered = _LETTERED.findall(" ".join(question.split()))
     if len(lettered) > 1 and [letter for letter, _ in lettered] == list(
         "ABCDEFGH"[: len(lettered)]
     ):
-        return tuple(f"{letter}. {text.strip()}" for letter, text in lettered)
+        return tuple(f"{letter}. {text}" for letter, text in lettered)
     for answers in taught:
         named = [a for a in answers if re.search(rf"\b{re.escape(a)}\b", question, re.IGNORECASE)]
         if len(named) > 1:
