@@ -159,8 +159,8 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def test_every_shipped_recipe_is_trained_by_tests_of_its_task() -> None:
-    """Those of `mil` are in test_runs.py, those of images and texts have a file of their own."""
-    parts = [{"mil"}, IMAGE_TEXT_TASKS, TASKS]
+    """`mil` is in test_runs.py, `mil-outcome` and images and texts have files of their own."""
+    parts = [{"mil"}, {"mil-outcome"}, IMAGE_TEXT_TASKS, TASKS]
     for recipe in list_recipes():
         assert sum(recipe.task in tasks for tasks in parts) == 1, recipe.name
     assert {*SHIPPED} == {*TABLES}

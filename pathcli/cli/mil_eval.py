@@ -14,6 +14,8 @@ from pathcli.cli.recipes import Settings
 
 if TYPE_CHECKING:
     from pathcli.evals.mil import Evaluation
+    from pathcli.evals.mil_outcome import OutcomeEvaluation
+    from pathcli.evals.mil_outcome_scores import OutcomeMeasurements
     from pathcli.evals.mil_report import Measurements
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -67,11 +69,13 @@ def mil_eval(
     """Evaluate trained heads on a benchmark or on labels of your own.
 
     With labels the runs were trained on, their own test split is used; with other labels it
-    is an external validation on all slides. Writes report.html, report.json and
-    predictions.csv. --set changes what --train trains.
+    is an external validation on all slides. Runs of mil-regression or mil-survival are tested
+    on their columns. Writes report.html, report.json and predictions.csv. --set changes what
+    --train trains.
     """
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.evals.mil import mil_eval as evaluate  # noqa: PLC0415
+    from pathcli.evals.mil_outcome import asks_for_outcome, outcome_eval  # noqa: PLC0415
     from pathcli.registry import resolve  # noqa: PLC0415
 
     o.check(None, device)
@@ -79,23 +83,77 @@ def mil_eval(
         resolve("head", name)
     if encoder:
         resolve("encoder", encoder)
+    given: dict[str, Any] = {"runs": runs, "heads": head, "encoder": encoder, "slides": slides}
+    given |= {"allow_leak": allow_leak, "store": o.open_store(store), "device": device}
+    folder = out / f"mil-eval-{Path(benchmark).stem}"
+    if asks_for_outcome(benchmark, runs, head, encoder):
+        refuse_of_classes(labels, settings, train=train)
+        with show.progress(0, unit="steps") as start:
+            outcome = outcome_eval(benchmark, progress=lambda name: start(0, name), **given)
+        _print_outcome(outcome, folder, json=json)
+        return
     with show.progress(0, unit="steps") as start:
         found = evaluate(
             benchmark,
-            runs=runs,
-            heads=head,
-            encoder=encoder,
             labels=labels,
-            slides=slides,
             train_missing=train,
             settings=settings or (),
             specificity=specificity,
-            allow_leak=allow_leak,
-            store=o.open_store(store),
-            device=device,
             progress=lambda name: start(0, name),
+            **given,
         )
-    _print(found, out / f"mil-eval-{Path(benchmark).stem}", json=json)
+    _print(found, folder, json=json)
+
+
+def refuse_of_classes(labels: Path | None, settings: list[str] | None, *, train: bool) -> None:
+    """Refuse options that only classes have.
+
+    Raises:
+        UsageError: there is one.
+    """
+    from pathcli.errors import UsageError  # noqa: PLC0415
+
+    given = {"--labels": labels, "--train": train, "--set": settings}
+    if wrong := [name for name, value in given.items() if value]:
+        msg = f"{', '.join(wrong)}: not for runs of a value or of survival; train these with: "
+        raise UsageError(msg + "pathcli train --recipe mil-regression (or mil-survival)")
+
+
+def _print_outcome(found: OutcomeEvaluation, folder: Path, *, json: bool) -> None:
+    """Measure, write the report's files, and print what they say."""
+    from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.evals.mil_outcome_report import (  # noqa: PLC0415
+        outcome_report,
+        outcome_rows,
+        write_outcomes,
+    )
+    from pathcli.evals.mil_outcome_scores import measure_outcomes  # noqa: PLC0415
+    from pathcli.report import as_json  # noqa: PLC0415
+    from pathcli.types import NOTICE  # noqa: PLC0415
+
+    numbers = measure_outcomes(found)
+    report = outcome_report(found, numbers)
+    command = shlex.join(["pathcli", *sys.argv[1:]])
+    page = write_outcomes(folder, found, numbers, report, command)
+    _warn(found, page)
+    if json:
+        show.as_json(as_json(report) | {"report": str(page)})
+        return
+    show.table(outcome_rows(found, numbers), title=f"{found.what}: mean over seeds [95 % interval]")
+    show.table(_compared(numbers), title="heads against each other")
+    show.say(f"{NOTICE} Open {page}")
+
+
+def _warn(found: Evaluation | OutcomeEvaluation, page: Path) -> None:
+    """Print what of an evaluation has to be minded."""
+    from pathcli.cli import show  # noqa: PLC0415
+
+    for text in found.warnings:
+        show.warn(text)
+    for scores in found.heads:
+        if scores.cohort.missing:
+            of = f"{len(scores.cohort.missing)} of {len(scores.cohort.table.rows)} slides"
+            show.warn(f"{scores.name}: {of} have no features; {page} names them")
 
 
 def _print(found: Evaluation, folder: Path, *, json: bool) -> None:
@@ -114,12 +172,7 @@ def _print(found: Evaluation, folder: Path, *, json: bool) -> None:
     report = mil_report(found, numbers)
     command = shlex.join(["pathcli", *sys.argv[1:]])
     page = write_evaluation(folder, found, numbers, report, command)
-    for text in found.warnings:
-        show.warn(text)
-    for scores in found.heads:
-        if scores.cohort.missing:
-            of = f"{len(scores.cohort.missing)} of {len(scores.cohort.table.rows)} slides"
-            show.warn(f"{scores.name}: {of} have no features; {page} names them")
+    _warn(found, page)
     if json:
         show.as_json(as_json(report) | {"report": str(page)})
         return
@@ -129,7 +182,7 @@ def _print(found: Evaluation, folder: Path, *, json: bool) -> None:
     show.say(f"{NOTICE}" + (f" Positive is {say}." if say else "") + f" Open {page}")
 
 
-def _compared(numbers: Measurements) -> list[dict[str, Any]]:
+def _compared(numbers: Measurements | OutcomeMeasurements) -> list[dict[str, Any]]:
     """Return a row a pair of heads, numbers rounded."""
     return [
         {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}

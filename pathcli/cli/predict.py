@@ -34,8 +34,8 @@ def predict(
     """Say what a trained run makes of slides, and where it looked.
 
     Writes predictions.csv and for each slide a heatmap, attention for QuPath, and the most
-    (upper row) and least attended tiles. Features in the store are not computed again. With
-    --lesions also how well attention finds them.
+    (upper row) and least attended tiles; of survival also the curve. Features in the store are
+    not computed again. With --lesions also how well attention finds them.
     """
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.cli.batch import finish, run_batch  # noqa: PLC0415
@@ -64,7 +64,9 @@ def predict(
         for r in done.results
     ]
     if done.results:
-        show.say(f"{NOTICE} {out / 'predictions.csv'}")
+        show.say(
+            f"{results[0].scope}. " * bool(results[0].scope) + f"{NOTICE} {out / 'predictions.csv'}"
+        )
     finish(done, rows, as_json=json, out=out, more=_lesions(results) if lesions else {})
 
 

@@ -148,7 +148,7 @@ def _absent(
     Raises:
         ResourceError: there are some, and they may not be trained, or their labels are not here.
     """
-    there = {_head(group[0]) for group in groups.values()}
+    there = {head_of(group[0]) for group in groups.values()}
     absent = [head for head in heads or ([] if there else HEADS) if head not in there]
     if absent and plan.benchmark:
         plan.benchmark.need_table()
@@ -157,7 +157,7 @@ def _absent(
     return absent
 
 
-def _head(run: Run) -> str:
+def head_of(run: Run) -> str:
     """Return the registered name of a run's head."""
     return str(run.recipe.values["head"]["kind"])
 
@@ -197,7 +197,7 @@ def _groups(plan: _Plan, heads: Sequence[str] | None) -> dict[str, list[Run]]:
         run
         for run in (find_runs(plan.runs) if plan.runs.is_dir() else [])
         if run.recipe.task == "mil"
-        and (heads is None or _head(run) in heads)
+        and (heads is None or head_of(run) in heads)
         and plan.encoder in {None, run.recipe.values["encoder"]["kind"]}
     ]
     # runs of these very labels are not mixed with those of others, and a benchmark has its own
@@ -211,16 +211,16 @@ def _groups(plan: _Plan, heads: Sequence[str] | None) -> dict[str, list[Run]]:
         raise DataError(msg)
     groups: dict[str, list[Run]] = {}
     for run in own or [run for run in others if _fits(run, plan)]:
-        groups.setdefault(_experiment(run), []).append(run)
-    alike = [_head(group[0]) for group in groups.values()]
+        groups.setdefault(experiment(run), []).append(run)
+    alike = [head_of(group[0]) for group in groups.values()]
     named = {}
     for group in groups.values():
-        head = _head(group[0])
+        head = head_of(group[0])
         where = os.path.relpath(os.path.commonpath([r.folder.parent for r in group]), plan.runs)
         name = head if alike.count(head) == 1 else f"{head} in {where}"
-        named[f"{name} ({_experiment(group[0])[:6]})" if name in named else name] = group
+        named[f"{name} ({experiment(group[0])[:6]})" if name in named else name] = group
     wanted = list(heads or names("head"))
-    return dict(sorted(named.items(), key=lambda item: wanted.index(_head(item[1][0]))))
+    return dict(sorted(named.items(), key=lambda item: wanted.index(head_of(item[1][0]))))
 
 
 def _fits(run: Run, plan: _Plan) -> bool:
@@ -241,7 +241,7 @@ def _labels(run: Run, plan: _Plan) -> LabelTable:
     return read_labels(plan.labels or "", slides=data["slide_table"], target=data["target"])
 
 
-def _experiment(run: Run) -> str:
+def experiment(run: Run) -> str:
     """Return what names a run but for its seed and learning rate."""
     values = json.loads(json.dumps(dict(run.recipe.values)))
     for name in ("seed", "lr"):

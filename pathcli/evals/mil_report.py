@@ -8,24 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pathcli.charts import Line, chart
 from pathcli.evals.mil_errors import worst_errors
+from pathcli.evals.mil_pages import (
+    cohort_flow,
+    flow_section,
+    lead,
+    repeat_sections,
+    rounded,
+    source_of,
+)
 from pathcli.evals.mil_scores import compare, confusions, mean_curve, measure_all
 from pathcli.evals.patch_report import interval_text
 from pathcli.metrics.calibration import reliability
-from pathcli.report import Section, html_page, json_text, metric, pairs, versions
+from pathcli.report import Section, html_page, json_text, metric, versions
 from pathcli.runs import git_commit
 from pathcli.store.files import write_bytes
-from pathcli.types import NOTICE, Report, digest
-from pathcli.weights import sha256
+from pathcli.types import NOTICE, Report
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pathcli.evals.mil import Evaluation
-    from pathcli.evals.mil_scores import Measured, Scores, Tested
+    from pathcli.evals.mil_scores import Measured, Scores
     from pathcli.mil.benchmarks import Benchmark
 
 _TWO = 2
@@ -53,8 +58,8 @@ def mil_report(found: Evaluation, numbers: Measurements) -> Report:
     }
     rows = [
         {"head": s.name, **_sizes(s)}
-        | {name: _rounded(m.interval.value) for name, m in numbers.heads[s.name].items()}
-        | {f"{name}_sd": _rounded(m.spread) for name, m in numbers.heads[s.name].items()}
+        | {name: rounded(m.interval.value) for name, m in numbers.heads[s.name].items()}
+        | {f"{name}_sd": rounded(m.spread) for name, m in numbers.heads[s.name].items()}
         for s in found.heads
     ]
     labels = found.heads[0].cohort.table
@@ -74,11 +79,11 @@ def mil_report(found: Evaluation, numbers: Measurements) -> Report:
             "flow": cohort_flow(found),
             "missing": {s.name: dict(s.cohort.missing) for s in found.heads},
             "comparisons": [
-                {k: _rounded(v) if isinstance(v, float) else v for k, v in row.items()}
+                {k: rounded(v) if isinstance(v, float) else v for k, v in row.items()}
                 for row in numbers.pairs
             ],
             "confusion": {s.name: confusions(s).round(2).tolist() for s in found.heads},
-            "runs": {s.name: [_source(t) for t in s.tested] for s in found.heads},
+            "runs": {s.name: [source_of(t) for t in s.tested] for s in found.heads},
             "warnings": list(found.warnings),
             "git": git_commit(),
             "versions": versions(),
@@ -99,23 +104,6 @@ def _sizes(scores: Scores) -> dict[str, Any]:
     return sizes
 
 
-def _source(tested: Tested) -> dict[str, Any]:
-    """Return what one tested run is, to find or repeat it."""
-    run = tested.run
-    return {
-        "folder": str(run.folder.absolute()),
-        "seed": run.seed,
-        "lr": run.recipe.values["train"]["lr"],
-        "epoch": run.provenance["chosen_epoch"],
-        "threshold": tested.threshold if np.isfinite(tested.threshold or 0.0) else None,
-        "weights_sha256": sha256(run.folder / "weights.safetensors"),
-        "encoder": run.facts["encoder"],
-        "tiles": run.facts["tiles_digest"],
-        "features": run.facts["features_digest"],
-        "test": digest(sorted(tested.names)),
-    }
-
-
 _OF_CLASS = {"sensitivity": 1, "specificity": 0}
 
 
@@ -124,34 +112,7 @@ def _metric(scores: Scores, name: str, measured: Measured) -> dict[str, float | 
     if name in _OF_CLASS:
         units = zip(scores.units, scores.labels, strict=True)
         n = len({unit for unit, label in units if label == _OF_CLASS[name]})
-    return metric(_rounded(found.value), _rounded(found.low), _rounded(found.high), n)
-
-
-def _rounded(value: float) -> float | None:
-    return round(float(value), 4) if np.isfinite(value) else None
-
-
-def cohort_flow(found: Evaluation) -> list[dict[str, Any]]:
-    """Return for each head and seed how many test slides were listed, used and lost, by class."""
-    rows: list[dict[str, Any]] = []
-    for scores in found.heads:
-        table, missing = scores.cohort.table, scores.cohort.missing
-        for t in scores.tested:
-            row = {
-                "head": scores.name,
-                "seeds": str(t.run.seed),
-                "slides in the table": len(table.rows),
-                "with features": len(table.rows) - len(missing),
-                "test slides": t.listed,
-                "tested bags": len(t.names),
-                "test slides without features": sum(t.lost.values()),
-                "of class": ", ".join(f"{c} {n}" for c, n in sorted(t.lost.items())) or "-",
-            }
-            if rows and {**rows[-1], "seeds": ""} == {**row, "seeds": ""}:
-                rows[-1]["seeds"] += f", {t.run.seed}"
-            else:
-                rows.append(row)
-    return rows
+    return metric(rounded(found.value), rounded(found.low), rounded(found.high), n)
 
 
 def write_evaluation(
@@ -162,7 +123,7 @@ def write_evaluation(
     Raises:
         ResourceError: the disk is full, or the folder may not be written.
     """
-    page = html_page(report.title, _lead(found), _sections(found, numbers, report, command))
+    page = html_page(report.title, lead(found), _sections(found, numbers, report, command))
     write_bytes(folder / "predictions.csv", _predictions(found).encode(), lambda _: None, "--out")
     write_bytes(folder / "report.json", json_text(report).encode(), lambda _: None, "--out")
     write_bytes(folder / "report.html", page.encode(), lambda _: None, "--out")
@@ -185,55 +146,21 @@ def _predictions(found: Evaluation) -> str:
     return text.getvalue()
 
 
-_KINDS = {
-    "own": "Test slides of the split that the runs were trained on: no run was trained or chosen "
-    "on one of them.",
-    "part": "Slides of the runs' own test split, under another table: not an external validation.",
-    "external": "External validation: no patient, name or file of these slides was learnt from.",
-}
-
-
-def _lead(found: Evaluation) -> str:
-    shared = max(s.shared for s in found.heads)
-    kinds = {s.kind: [h.name for h in found.heads if h.kind == s.kind] for s in found.heads}
-    kind = " ".join(
-        (f"{', '.join(heads)}: " if len(kinds) > 1 else "") + _KINDS[name]
-        for name, heads in kinds.items()
-    )
-    if shared:
-        kind = f"{shared} of the test slides are of patients or files that were learnt from."
-    if found.times is None:
-        return f"{kind} How often these slides were read before could not be counted."
-    if found.times == 1:
-        return f"{kind} By this store's count none of them was read as a test before."
-    return f"{kind} By this store's count some of them are read as a test for time {found.times}."
-
-
 def _sections(
     found: Evaluation, numbers: Measurements, report: Report, command: str
 ) -> list[Section]:
     warnings = [Section("Mind this", rows=[{"warning": w} for w in found.warnings])]
     return [
         *(warnings if found.warnings else []),
-        _flow(found),
+        flow_section(found),
         _table(found, numbers),
         *_compared(found, numbers),
         *([_published(found.benchmark)] if found.benchmark else []),
         _curves(found),
         _confusion(found),
         *worst_errors(found),
-        *_repeat(report, command),
+        *repeat_sections(report, command),
     ]
-
-
-def _flow(found: Evaluation) -> Section:
-    rows = cohort_flow(found)
-    reasons: dict[str, list[str]] = {}
-    for scores in found.heads:
-        for slide, why in scores.cohort.missing.items():
-            reasons.setdefault(why, []).append(slide)
-    why = "; ".join(f"{reason}: {', '.join(sorted(set(s)))}" for reason, s in reasons.items())
-    return Section("Slides: in, out, used", f"Without features: {why}." if why else "", rows=rows)
 
 
 def metric_rows(found: Evaluation, numbers: Measurements) -> list[dict[str, Any]]:
@@ -339,19 +266,3 @@ def _confusion(found: Evaluation) -> Section:
     return Section(
         "Confusion", "Bags, mean of the seeds; the most probable class is said.", rows=rows
     )
-
-
-def _repeat(report: Report, command: str) -> list[Section]:
-    known: dict[str, Any] = dict(report.provenance)
-    runs = [
-        {"head": head, "run": run["folder"], "weights": run["weights_sha256"][:12]}
-        | {name: run[name] for name in ("lr", "epoch", "threshold", "test")}
-        for head, runs in known["runs"].items()
-        for run in runs
-    ]
-    facts = {"labels": known["labels"]["digest"], "git": known["git"], **known["versions"]}
-    features = {f"features of {head}": runs[0]["encoder"] for head, runs in known["runs"].items()}
-    return [
-        Section("To repeat it", code=command, rows=pairs(facts | features)),
-        Section("The runs", "All digests are in report.json.", rows=runs),
-    ]

@@ -143,13 +143,16 @@ class Scores:
 
         A seed for which a draw of patients leaves it undefined is left out of that draw's mean.
         """
+        return self.over_rows(lambda rows, run: measure(self.labels[rows], self.chances[rows], run))
+
+    def over_rows(
+        self, measure: Callable[[NDArray[np.intp], int], float]
+    ) -> Callable[[NDArray[np.intp]], float]:
+        """Return the same of a measure that takes row indices and the run's index."""
 
         def statistic(rows: NDArray[np.intp]) -> float:
             runs = self.run_of[rows]
-            values = []
-            for i in range(len(self.tested)):
-                mine = rows[runs == i]
-                values.append(measure(self.labels[mine], self.chances[mine], i))
+            values = [measure(rows[runs == i], i) for i in range(len(self.tested))]
             defined = [value for value in values if not np.isnan(value)]
             return float(np.mean(defined)) if defined else float("nan")
 

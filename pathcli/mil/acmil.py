@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from pathcli.mil.abmil import AttentionScores, hidden_width, projection, require
+from pathcli.mil.streams import Streams
 from pathcli.types import HeadOutput
 
 
@@ -164,10 +165,11 @@ class ACMIL(nn.Module):
         logits = self.classifier(self.pool(weights, x))
         return HeadOutput(logits.float(), weights.float().view(-1, len(x)).mean(0))
 
-    def loss(self, features: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """Return bag loss + mean branch loss + similarity of branches; masks in training mode.
+    def streams(self, features: torch.Tensor) -> Streams:
+        """Return the logits of the bag and of each branch; masks in training mode.
 
-        The last two are nought with one branch.
+        The branches' losses are averaged, and their similarity is the penalty; with one branch
+        there is the bag alone.
         """
         x = self.project(features)
         scores = self.attention(x)  # [m, n], or [heads, m, n]
@@ -176,10 +178,21 @@ class ACMIL(nn.Module):
             ranks = draw_ranks(len(rows), len(x), self.masked, self.mask_drop)
             scores = mask_ranks(rows, ranks).view_as(scores)
         weights = scores.softmax(-1)
-        bag = F.cross_entropy(self.classifier(self.pool(weights.mean(-2), x)), label)
+        bag = self.classifier(self.pool(weights.mean(-2), x))
         if not self.branch_classifiers:
-            return bag
+            return Streams(bag[None], (1.0,))
         branches = zip(self.branch_classifiers, self.branch_pools, weights.unbind(-2), strict=True)
-        logits = torch.stack([classifier(pool(w, x)) for classifier, pool, w in branches])
-        branch = F.cross_entropy(logits, label.expand(len(logits)))
-        return bag + branch + mean_similarity(weights)
+        logits = torch.stack([bag, *(classifier(pool(w, x)) for classifier, pool, w in branches)])
+        m = len(self.branch_classifiers)
+        return Streams(logits, (1.0, *[1 / m] * m), mean_similarity(weights))
+
+    def loss(self, features: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Return bag loss + mean branch loss + similarity of branches; masks in training mode.
+
+        The last two are nought with one branch.
+        """
+        found = self.streams(features)
+        bag, branches = F.cross_entropy(found.logits[0], label), found.logits[1:]
+        if not len(branches):
+            return bag
+        return bag + F.cross_entropy(branches, label.expand(len(branches))) + found.penalty

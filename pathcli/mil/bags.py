@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePath
@@ -15,8 +15,16 @@ import numpy as np
 from pathcli.encoders.embedding import Embedder
 from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.mil.benchmarks import benchmark
-from pathcli.mil.splits import Split, check_leaks, k_fold, monte_carlo, official, read_split
-from pathcli.mil.tables import LabelTable, Row, counted, read_labels
+from pathcli.mil.splits import (
+    Split,
+    check_leaks,
+    file_of,
+    k_fold,
+    monte_carlo,
+    official,
+    read_split,
+)
+from pathcli.mil.tables import LabelTable, Row, counted, mixed, read_labels
 from pathcli.slides.discovery import discover
 from pathcli.store.store import item_name
 from pathcli.types import Bag, Progress, TileStatus
@@ -99,10 +107,19 @@ class BagData:
         self.split = split or ("official" if benchmark else "monte-carlo")
         self.by, self.bag, self.allow_leak = by, bag, allow_leak
         self._table: LabelTable | None = None
+        self._outcome: Callable[[BagData], LabelTable] | None = None
+
+    def of(self, outcome: Callable[[BagData], LabelTable]) -> BagData:
+        """Return these data with the table that an outcome reads instead of one of classes."""
+        other = copy(self)
+        other._table, other._outcome = None, outcome  # noqa: SLF001 - its own class
+        return other
 
     @property
     def table(self) -> LabelTable:
         """The label table, read once."""
+        if self._table is None and self._outcome:
+            self._table = self._outcome(self)
         if self._table is None:
             if self.benchmark:
                 known = benchmark(self.benchmark, self.labels, classes=self.classes)
@@ -125,13 +142,9 @@ class BagData:
         """
         if self.bag != "patient" or self.classes or self.benchmark:
             return
-        labels: dict[str, set[str | None]] = {}
-        for row in table.rows:
-            labels.setdefault(row.case, set()).add(row.label)
-        mixed = [case for case, found in labels.items() if len(found) > 1]
-        if mixed:
+        if torn := mixed(table.rows):
             msg = (
-                f"{table.source}: {counted('patients have slides of different labels', mixed)[0]}; "
+                f"{table.source}: {counted('patients have slides of different labels', torn)[0]}; "
                 "a patient has the highest label of its slides: give data.classes in rising order, "
                 f"--set 'data.classes={{{', '.join(f'{c}: {c}' for c in table.classes)}}}'"
             )
@@ -166,7 +179,7 @@ class BagData:
 
     def _split(self, seed: int) -> Split:
         if self.splits is not None:
-            path = _one_of(self.splits, seed)
+            path = file_of(self.splits, seed)
             return read_split(path, self.table, fold=seed - 1, seed=seed, val=self.val)
         if self.split == "official":
             return official(self.table, seed=seed, val=self.val)
@@ -194,22 +207,6 @@ class BagData:
             spec,
             progress,
         )
-
-
-def _one_of(splits: Path, seed: int) -> Path:
-    """Return the split file of a seed: the file itself, or the one that ends in the seed."""
-    if not splits.is_dir():
-        return splits
-    files = sorted(p for p in splits.iterdir() if p.suffix.lower() in {".csv", ".json"})
-    mine = [
-        p
-        for p in files
-        if re.search(r"\d+", p.stem) and int(re.findall(r"\d+", p.stem)[-1]) == seed
-    ]
-    if len(mine) != 1:
-        msg = f"{splits}: {len(mine)} split files end in _{seed}, one is needed a seed"
-        raise DataError(msg)
-    return mine[0]
 
 
 @dataclass(frozen=True)
@@ -334,6 +331,11 @@ class Bags(Sequence[Bag]):
         return np.array([self._label(rows) for _, rows in self._groups], np.int64)
 
     @property
+    def rows(self) -> list[Row]:
+        """The first row of each bag."""
+        return [rows[0] for _, rows in self._groups]
+
+    @property
     def names(self) -> list[str]:
         """Slide or patient of each bag."""
         return [name for name, _ in self._groups]
@@ -395,4 +397,4 @@ class Bags(Sequence[Bag]):
     def _features(self, slide: str) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
         entry = self._entry(self._cohort.keys[slide])
         good = entry.status == TileStatus.OK
-        return (entry.values, entry.xy) if good.all() else (entry.values[good], entry.xy[good])
+        return (entry.values[:], entry.xy) if good.all() else (entry.values[good], entry.xy[good])

@@ -65,6 +65,10 @@ class ClamSB(nn.Module):
         require(instances >= 1, f"instances must be at least 1, got {instances}")
         require(0 <= bag_weight <= 1, f"bag_weight is a share between 0 and 1, got {bag_weight:g}")
         self.instances, self.bag_weight = instances, bag_weight
+        self.of_classes = (
+            "clam-sb clusters tiles for and against a class; set head.bag_weight=1 to learn from "
+            "the bag alone"
+        ) * (bag_weight < 1)
         self.margin = 1.0 if inst_loss == "svm" else 0.0
         self.project = nn.Sequential(
             nn.Linear(dim_in, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
+from pathcli.mil.streams import Streams
 from pathcli.types import HeadOutput
 
 
@@ -49,6 +50,11 @@ class DSMIL(nn.Module):
         highest, bag, weights = self._streams(features)
         logits = ((highest + bag) / 2).float()
         return HeadOutput(logits, (logits.softmax(0)[:, None] * weights.float()).sum(0))
+
+    def streams(self, features: torch.Tensor) -> Streams:
+        """Return the logits of both streams, of equal weight."""
+        highest, bag, _ = self._streams(features)
+        return Streams(torch.stack([highest, bag]), (0.5, 0.5))
 
     def loss(self, features: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """Return the mean of the two streams' cross-entropies."""

@@ -19,7 +19,9 @@ from pathcli.metrics.froc import auc_in_lesion, froc
 from pathcli.metrics.statistics import bootstrap
 from pathcli.mil.heatmap import draw_heatmap, extreme_tiles, strip, write_attention_geojson
 from pathcli.mil.lesions import detections, evaluation_lesions, inside
-from pathcli.mil.task import fingerprint, load_head, predict_bags, run_encoder
+from pathcli.mil.outcome_charts import write_survival
+from pathcli.mil.outcome_task import TASK, say, scope
+from pathcli.mil.task import fingerprint, load_head, read_bags, run_encoder, softmax
 from pathcli.runs import read_run
 from pathcli.slides.annotations import read_lesions
 from pathcli.slides.overlay import save_png
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
     from pathcli.metrics.froc import Detections
     from pathcli.metrics.statistics import Interval
+    from pathcli.mil.outcome_task import Said
     from pathcli.runs import Run
     from pathcli.types import Encoder, Features, Progress, Slide, Tiles
 
@@ -45,8 +48,9 @@ TILES_SHOWN = 10
 class Predicted:
     """What a run says of one slide, and where it wrote what it shows.
 
-    `probabilities` has one number per class, `attention_in_lesion` is an AUROC over tiles
-    where lesions are known, `candidates` what FROC counts there.
+    `probabilities` has one number per class; a run of an outcome has `said` and `scope`
+    instead. `attention_in_lesion` is an AUROC over tiles where lesions are known, `candidates`
+    what FROC counts there.
     """
 
     path: str
@@ -59,6 +63,18 @@ class Predicted:
     warnings: tuple[str, ...]
     attention_in_lesion: float | None = None
     candidates: Detections | None = None
+    said: Said | None = None
+    scope: str = ""
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What is said, by name: a probability a class, or the value or risk and its company."""
+        if self.said is None:
+            return {f"p_{name}": round(p, 6) for name, p in self.probabilities.items()}
+        if not self.said.group:
+            return {"value": round(self.said.value, 6), "unit": self.said.unit}
+        more = {"group": self.said.group, "median": self.said.median, "unit": self.said.unit}
+        return {"risk": round(self.said.value, 6), **more}
 
 
 class Predictor:
@@ -77,7 +93,7 @@ class Predictor:
         """Read the head; the encoder is loaded only where features are not in the store.
 
         Args:
-            run: a finished run of the task `mil`.
+            run: a finished run of the task `mil` or `mil-outcome`.
             store: where features are found or put (default: the user's store).
             encoder: the run's encoder, if its recipe cannot name it here.
             device: auto, cpu, cuda, cuda:1 or mps.
@@ -117,29 +133,55 @@ class Predictor:
             raise DataError(msg)
         features = self.embedder.store.features.mapped(made.key)
         tiles = replace(made.tiling.tiles, status=features.status)
-        said = next(predict_bags(self.head, [_bag(features)], torch.device(self.device)))
-        classes = self.run.facts["classes"]
-        chances = {c: float(p) for c, p in zip(classes, said.probabilities, strict=True)}
+        bags = [_bag(features)]
+        _, logits, attention = next(read_bags(self.head, bags, torch.device(self.device)))
         with closing(open_slide(path)) as slide:
             lesions = self._lesions(path, slide)
-            files = self._draw(slide, tiles, said.attention, lesions or [])
+            files = self._draw(slide, tiles, attention, lesions or [])
         shown = Predicted(
             path=str(path),
             item=tiles.item,
             tiles=made.tiles,
             encoded=made.encoded,
-            prediction=max(chances, key=lambda name: chances[name]),
-            probabilities=chances,
+            prediction="",
+            probabilities={},
             files=files,
             warnings=(*made.warnings, *self._scope(tiles.item, lesions)),
         )
+        shown = self._of_outcome(shown, logits) if self.outcome else self._of_class(shown, logits)
         if lesions is None:
             return shown
-        positive = 1 - float(said.probabilities[0])  # the first class has no lesion
+        shown = replace(shown, attention_in_lesion=_in_lesion(tiles, attention, lesions))
+        if self.outcome:  # no class has lesions, so none is said to be found
+            return shown
+        positive = 1 - next(iter(shown.probabilities.values()))  # the first class has no lesion
+        return replace(shown, candidates=_candidates(tiles, attention * positive, lesions))
+
+    @property
+    def outcome(self) -> bool:
+        """Tell whether the run has learnt an outcome, and not classes."""
+        return self.run.recipe.task == TASK
+
+    def _of_class(self, shown: Predicted, logits: NDArray[np.float64]) -> Predicted:
+        found = softmax(logits)
+        chances = {c: float(p) for c, p in zip(self.run.facts["classes"], found, strict=True)}
+        best = max(chances, key=lambda name: chances[name])
+        return replace(shown, prediction=best, probabilities=chances)
+
+    def _of_outcome(self, shown: Predicted, logits: NDArray[np.float64]) -> Predicted:
+        """Return the value or risk, with a picture of the survival curve."""
+        said = say(self.run, logits)
+        files = dict(shown.files)
+        if said.curve:
+            files["survival"] = str(self.out / f"{shown.item}.survival.svg")
+            write_survival(Path(files["survival"]), said)
         return replace(
             shown,
-            attention_in_lesion=_in_lesion(tiles, said.attention, lesions),
-            candidates=_candidates(tiles, said.attention * positive, lesions),
+            prediction=said.text,
+            said=said,
+            scope=scope(self.run),
+            files=files,
+            warnings=(*shown.warnings, *said.warnings),
         )
 
     def _scope(self, item: str, lesions: list[Any] | None) -> list[str]:
@@ -263,7 +305,7 @@ def lesion_metrics(results: Sequence[Predicted]) -> dict[str, Interval]:
 
 
 def write_predictions(path: Path, results: Sequence[Predicted]) -> None:
-    """Write `predictions.csv`: a row a slide, a probability a class; without any, remove it.
+    """Write `predictions.csv`: a row a slide, with its `numbers`; without any, remove it.
 
     Raises:
         ResourceError: the disk is full, or the folder may not be written.
@@ -274,21 +316,26 @@ def write_predictions(path: Path, results: Sequence[Predicted]) -> None:
         return
     text = io.StringIO()
     writer = csv.writer(text)
-    classes = list(results[0].probabilities)
-    writer.writerow(["wsi", "item", "prediction", *(f"p_{c}" for c in classes), "tiles", "note"])
+    writer.writerow(["wsi", "item", "prediction", *results[0].numbers, "tiles", "note"])
     for r in results:
-        chances = [f"{r.probabilities[c]:.6f}" for c in classes]
-        writer.writerow([r.path, r.item, r.prediction, *chances, r.tiles, NOTICE])
+        numbers = [f"{x:.6f}" if isinstance(x, float) else x for x in r.numbers.values()]
+        writer.writerow([r.path, r.item, r.prediction, *numbers, r.tiles, NOTICE])
     write_bytes(path, text.getvalue().encode("utf-8", "backslashreplace"), lambda _: None, "--out")
 
 
 def as_row(result: Predicted) -> dict[str, Any]:
     """Return one prediction as plain JSON values."""
+    more: dict[str, Any] = {}
+    if result.said:
+        curve = [[round(t, 6), round(s, 6)] for t, s in result.said.curve]
+        more = {**result.numbers, "scope": result.scope}
+        more |= {"survival": curve} if curve else {}
     return {
         "path": result.path,
         "item": result.item,
         "prediction": result.prediction,
         "probabilities": {c: round(p, 6) for c, p in result.probabilities.items()},
+        **more,
         "tiles": result.tiles,
         "encoded": result.encoded,
         "attention_in_lesion": result.attention_in_lesion,

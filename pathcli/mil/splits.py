@@ -8,6 +8,7 @@ slides are always drawn from what is not test.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pathcli.errors import DataError, UsageError
-from pathcli.mil.tables import counted, natural, read_sheet, slide_name
+from pathcli.mil.sheets import read_sheet
+from pathcli.mil.tables import counted, natural, slide_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -225,13 +227,9 @@ def _guarded(
     split = Split(train, val, test, name, warnings)
     for part, slides in split.parts().items():
         present = {table.by_slide[slide].label for slide in slides}
-        for label in table.classes:
+        for label in table.needed:
             if label not in present:
-                patients = len({row.case for row in table.rows if row.label == label})
-                msg = (
-                    f"{table.source}: {name}: no slide of class {label!r} in {part}; it has "
-                    f"{patients} patients in all: merge classes, or change val, test or folds"
-                )
+                msg = f"{table.source}: {name}: {table.lacking(label, part)}"
                 raise DataError(msg)
     return split
 
@@ -304,6 +302,26 @@ def read_split(
     warnings = counted(f"slides of {table.source} that the split leaves out", unused)
     name = path.name if len(folds) == 1 else f"{path.name}, fold {fold} of {len(folds)}"
     return _completed(table, parts, val, seed, name, warnings=warnings)
+
+
+def file_of(splits: Path, seed: int) -> Path:
+    """Return the split file of a seed: the file itself, or the one that ends in the seed.
+
+    Raises:
+        DataError: the folder has none, or several.
+    """
+    if not splits.is_dir():
+        return splits
+    files = sorted(p for p in splits.iterdir() if p.suffix.lower() in {".csv", ".json"})
+    mine = [
+        p
+        for p in files
+        if re.search(r"\d+", p.stem) and int(re.findall(r"\d+", p.stem)[-1]) == seed
+    ]
+    if len(mine) != 1:
+        msg = f"{splits}: {len(mine)} split files end in _{seed}, one is needed a seed"
+        raise DataError(msg)
+    return mine[0]
 
 
 def _sheet_fold(path: Path) -> dict[str, list[str]]:

@@ -7,21 +7,21 @@ columns are compared without case.
 
 from __future__ import annotations
 
-import csv
 import re
-import zipfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pathcli.errors import DataError, UsageError
-from pathcli.registry import did_you_mean
+from pathcli.mil.sheets import read_sheet
 from pathcli.types import digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from pathcli.mil.sheets import Sheet
 
 CASE = ("case_id", "patient")
 SLIDE = ("slide_id", "slide", "filename")
@@ -77,6 +77,19 @@ class LabelTable:
         """The rows by slide id."""
         return {row.slide: row for row in self.rows}
 
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The classes without which no part of a split can be used: all of them."""
+        return self.classes
+
+    def lacking(self, label: str, part: str) -> str:
+        """Return the clause that says what a part of a split lacks, and how much there is."""
+        patients = len({row.case for row in self.rows if row.label == label})
+        return (
+            f"no slide of class {label!r} in {part}; it has {patients} patients in all: "
+            "merge classes, or change val, test or folds"
+        )
+
     def index(self, row: Row) -> int:
         """Return the class index of a row.
 
@@ -115,12 +128,12 @@ def read_labels(
     """
     table = read_sheet(path, sheet)
     if slides is None:
-        rows, warnings = _own_rows(table, target or "label")
+        rows, warnings = own_rows(table, target or "label")
     elif target is None:
         msg = f"{path}: a table of patients has many columns; name the one of the label (target)"
         raise UsageError(msg)
     else:
-        rows, warnings = _joined_rows(table, read_sheet(slides), target)
+        rows, warnings = joined_rows(table, read_sheet(slides), target)
     return label_table(rows, source=str(path), classes=classes, warnings=warnings)
 
 
@@ -152,7 +165,7 @@ def label_table(
         raise DataError(msg)
     notes = (
         *counted("classes without a slide", [name for name in names if name not in seen]),
-        *counted("patients with slides of different labels", _mixed(rows)),
+        *counted("patients with slides of different labels", mixed(rows)),
         *counted("classes that differ in case only", _alike(names)),
     )
     ordered = sorted([r.slide, r.case, r.label or "", r.site or "", r.split or ""] for r in rows)
@@ -184,136 +197,15 @@ def natural(text: str) -> tuple[list[tuple[int, int, str]], str]:
     return parts, text
 
 
-# --- files -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """Cells of a file as text: a header, and its lines with their numbers in the file."""
-
-    path: Path
-    header: tuple[str, ...]
-    lines: tuple[tuple[int, tuple[str, ...]], ...]
-
-    def find(self, names: Sequence[str]) -> int | None:
-        """Return the column called by the first of `names` that is there, or None.
-
-        Raises:
-            DataError: two columns have this name.
-        """
-        folded = [head.casefold() for head in self.header]
-        for name in (name.casefold() for name in names):
-            if folded.count(name) > 1:
-                msg = f"{self.path}: two columns are called {name!r}; rename one"
-                raise DataError(msg)
-            if name in folded:
-                return folded.index(name)
-        return None
-
-    def column(self, names: Sequence[str]) -> int:
-        """Return the column called by one of `names`.
-
-        Raises:
-            DataError: there is none, or two.
-        """
-        found = self.find(names)
-        if found is None:
-            known = did_you_mean(names[0], [head for head in self.header if head])
-            msg = f"{self.path}: the header has no column {names[0]!r}; {known}"
-            raise DataError(msg)
-        return found
-
-    def filled(self, names: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """Yield line number and text of a column in which no cell may be empty.
-
-        Raises:
-            DataError: a cell is empty, or the column is missing.
-        """
-        column = self.column(names)
-        for line, cells in self.lines:
-            if not cells[column]:
-                msg = f"{self.path}: line {line}: column {self.header[column]!r} is empty"
-                raise DataError(msg)
-            yield line, cells[column]
-
-    def optional(self, names: Sequence[str]) -> list[str | None]:
-        """Return the text of a column line by line, None where there is none."""
-        column = self.find(names)
-        return [(None if column is None else cells[column] or None) for _, cells in self.lines]
-
-
-def read_sheet(path: Path | str, sheet: str | None = None) -> Sheet:
-    """Return the cells of a CSV, TSV or XLSX file, without blank lines and outer blanks.
-
-    Raises:
-        DataError: no such file, not such a file, no header, or a line longer than the header.
-    """
-    path = Path(path)
-    if not path.is_file():
-        msg = f"{path}: a folder, not a table" if path.is_dir() else f"{path}: no such file"
-        raise DataError(msg)
-    read = _excel if path.suffix.lower() in {".xlsx", ".xlsm"} else _delimited
-    stripped = ((line, tuple(cell.strip() for cell in cells)) for line, cells in read(path, sheet))
-    filled = [(line, cells) for line, cells in stripped if any(cells)]
-    if len(filled) < 2:  # noqa: PLR2004 - the header, and a row
-        msg = f"{path}: the table has no rows"
-        raise DataError(msg)
-    width = max(i for i, head in enumerate(filled[0][1], 1) if head)
-    lines = []
-    for line, cells in filled[1:]:
-        if any(cells[width:]):
-            msg = f"{path}: line {line} has {len(cells)} cells, the header {width}"
-            raise DataError(msg)
-        lines.append((line, (*cells[:width], *[""] * (width - len(cells)))))
-    return Sheet(path, filled[0][1][:width], tuple(lines))
-
-
-def _delimited(path: Path, sheet: str | None) -> Iterator[tuple[int, list[str]]]:
-    if sheet is not None:
-        msg = f"{path}: sheet {sheet!r} was asked for, but only XLSX files have sheets"
-        raise UsageError(msg)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = file.readline()
-            delimiter = max(",;\t", key=header.count)  # a spreadsheet's language decides
-            file.seek(0)
-            reader = csv.reader(file, delimiter=delimiter)
-            for cells in reader:
-                yield reader.line_num, cells
-    except (UnicodeDecodeError, csv.Error) as error:
-        msg = f"{path}: not a CSV, TSV or XLSX table in UTF-8 ({error})"
-        raise DataError(msg) from error
-
-
-def _excel(path: Path, sheet: str | None) -> Iterator[tuple[int, list[str]]]:
-    import openpyxl  # noqa: PLC0415 - most tables are text
-
-    try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
-        msg = f"{path}: not an XLSX file ({error})"
-        raise DataError(msg) from error
-    try:
-        if sheet is not None and sheet not in book.sheetnames:
-            msg = f"{path}: no sheet is called {sheet!r}: {did_you_mean(sheet, book.sheetnames)}"
-            raise DataError(msg)
-        page = book[sheet or book.sheetnames[0]]
-        for line, cells in enumerate(page.iter_rows(values_only=True), 1):
-            yield line, [_cell_text(cell) for cell in cells]
-    finally:
-        book.close()
-
-
-def _cell_text(cell: object) -> str:
-    if isinstance(cell, float) and cell.is_integer():
-        return str(int(cell))  # a spreadsheet keeps 1 as 1.0
-    return "" if cell is None else str(cell)
-
-
 # --- rows --------------------------------------------------------------------------------
 
 
-def _own_rows(table: Sheet, target: str) -> tuple[list[Row], tuple[str, ...]]:
+def own_rows(table: Sheet, target: str) -> tuple[list[Row], tuple[str, ...]]:
+    """Return the rows of a table that has patients, slides and labels in one, with warnings.
+
+    Raises:
+        DataError: a column or cell is missing, or a slide is there twice, and differently.
+    """
     cases, labels = table.filled(CASE), table.filled((target,))
     columns = zip(cases, table.filled(SLIDE), labels, table.optional(SITE), strict=True)
     made = [
@@ -325,8 +217,12 @@ def _own_rows(table: Sheet, target: str) -> tuple[list[Row], tuple[str, ...]]:
     return _unique(table.path, made)
 
 
-def _joined_rows(patients: Sheet, slides: Sheet, target: str) -> tuple[list[Row], tuple[str, ...]]:
-    """Join STAMP's tables; patients without a finding are left out, as STAMP does."""
+def joined_rows(patients: Sheet, slides: Sheet, target: str) -> tuple[list[Row], tuple[str, ...]]:
+    """Join STAMP's tables; patients without a finding are left out, as STAMP does.
+
+    Raises:
+        DataError: a column or cell is missing, or a patient is there twice, and differently.
+    """
     patients.column((target,))
     findings = patients.optional((target,))
     known: dict[str, Row] = {}
@@ -387,7 +283,7 @@ def _alike(names: Sequence[str]) -> list[str]:
     return [name for name in names if counts[name.casefold()] > 1]
 
 
-def _mixed(rows: Iterable[Row]) -> list[str]:
+def mixed(rows: Iterable[Row]) -> list[str]:
     """Return the patients whose slides differ in label."""
     labels: dict[str, set[str | None]] = {}
     for row in rows:

@@ -20,7 +20,7 @@ from pathcli.trainer import Work
 from pathcli.types import Bag, TileSpec, digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -55,7 +55,7 @@ class Classifier(torch.nn.Module):
         losses = []
         for bag in bags:
             label = torch.tensor(bag.label, device=self.device)
-            losses.append(self.head.loss(_tensor(bag, self.device), label))
+            losses.append(self.head.loss(tensor_of(bag, self.device), label))
         return torch.stack(losses).mean()
 
 
@@ -70,14 +70,32 @@ class Prediction:
 
 def predict_bags(head: Head, bags: Iterable[Bag], device: torch.device) -> Iterator[Prediction]:
     """Yield what a head, in evaluation mode, says of each bag."""
+    for bag, logits, attention in read_bags(head, bags, device):
+        yield Prediction(bag, softmax(logits), attention)
+
+
+def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the probabilities of logits [c]."""
+    chances: NDArray[np.float64] = torch.softmax(torch.from_numpy(logits), -1).numpy()
+    return chances
+
+
+def read_bags(
+    head: Head, bags: Iterable[Bag], device: torch.device
+) -> Iterator[tuple[Bag, NDArray[np.float64], NDArray[np.float32]]]:
+    """Yield each bag with the logits [k] and attention [n] a head, in evaluation mode, gives."""
     for bag in bags:
         with torch.no_grad():
-            said = head(_tensor(bag, device))
-        chances = torch.softmax(said.logits.double(), -1).cpu().numpy()
-        yield Prediction(bag, chances, said.attention.float().cpu().numpy())
+            said = head(tensor_of(bag, device))
+        yield bag, said.logits.double().cpu().numpy(), said.attention.float().cpu().numpy()
 
 
-def _tensor(bag: Bag, device: torch.device) -> torch.Tensor:
+def tensor_of(bag: Bag, device: torch.device) -> torch.Tensor:
+    """Return a bag's features, float32 [n, d] on a device.
+
+    Raises:
+        DataError: it has no tile.
+    """
     if not len(bag.features):
         msg = f"{bag.name}: a bag without tiles"
         raise DataError(msg)
@@ -86,6 +104,8 @@ def _tensor(bag: Bag, device: torch.device) -> torch.Tensor:
 
 class MilTask:
     """Slide classification by attention over tiles; the recipe's sections are its arguments."""
+
+    choices: tuple[str, ...] = CHOICES
 
     def __init__(
         self,
@@ -102,9 +122,9 @@ class MilTask:
             UsageError: an argument of the head is out of its range, `train.choose` names no
                 metric, or two seeds mean one fold.
         """
-        if train.choose not in {None, *CHOICES}:
+        if train.choose not in {None, *self.choices}:
             msg = f"train.choose: {train.choose!r} is no validation metric: "
-            raise UsageError(msg + did_you_mean(str(train.choose), list(CHOICES)))
+            raise UsageError(msg + did_you_mean(str(train.choose), list(self.choices)))
         self._folds = data.check_seeds(train.seeds)
         head(_WIDE, 2)  # a trial, so that a wrong argument shows before features are made
         self.encoder, self.head, self.data, self.train = encoder, head, data, train
@@ -136,25 +156,36 @@ class MilTask:
         Raises:
             DataError: a class is missing among the slides that can be used.
         """
-        split = self.data.partition(seed)
-        learn = Bags(self.cohort, split.train, self.data.bag)
-        check = Bags(self.cohort, split.val, self.data.bag)
-        classes = self.cohort.table.classes
-        for part, bags in (("train", learn), ("validation", check)):
-            absent = [name for i, name in enumerate(classes) if i not in set(bags.labels.tolist())]
-            if absent:
-                msg = f"seed {seed}: no {part} slide of class {', '.join(absent)} can be used"
-                raise DataError(msg + self._why())
-        module = Classifier(self.head(learn.dim, len(classes)))
+        split, learn, check = self._parts(seed)
+        module = Classifier(self.head(learn.dim, len(self.cohort.table.classes)))
         facts = self._facts(learn, check, split)
         return Work(
             module,
             learn,
             lambda: validate(module, check),
-            identity=digest([facts["labels"]["digest"], *(facts[name] for name in _IDENTITY)]),
+            identity=identity_of(facts),
             facts=facts,
             conclude=lambda: {"validation": _said(module, check)},
         )
+
+    def _parts(self, seed: int) -> tuple[Split, Bags, Bags]:
+        """Return one seed's split, and its bags to learn from and to validate on.
+
+        Raises:
+            DataError: one of them lacks what it needs.
+        """
+        split = self.data.partition(seed)
+        learn = Bags(self.cohort, split.train, self.data.bag)
+        check = Bags(self.cohort, split.val, self.data.bag)
+        table = self.cohort.table
+        for part, bags in (("train", learn), ("validation", check)):
+            present = {table.classes[i] for i in bags.labels}
+            absent = [name for name in table.needed if name not in present]
+            if absent or not len(bags):
+                of = f" of class {', '.join(absent)}" * bool(absent)
+                msg = f"seed {seed}: no {part} slide{of} can be used"
+                raise DataError(msg + self._why())
+        return split, learn, check
 
     def _why(self) -> str:
         rows, missing = self.cohort.table.rows, self.cohort.missing
@@ -181,6 +212,11 @@ class MilTask:
             "val": check.names,
             "patients": sorted({*learn.patients, *check.patients}),
         }
+
+
+def identity_of(facts: Mapping[str, Any]) -> str:
+    """Return the name of what a run learns from."""
+    return digest([facts["labels"]["digest"], *(facts[name] for name in _IDENTITY)])
 
 
 def _said(module: Classifier, bags: Bags) -> dict[str, Any]:
@@ -226,7 +262,8 @@ def load_head(run: Run, device: str = "cpu") -> Head:
         DataError: the weights are damaged or of another head.
         ResourceError: they are not there.
     """
-    head: Head = build_part(run.recipe, "head")(run.facts["dim"], len(run.facts["classes"]))
+    outputs = run.facts.get("logits") or len(run.facts["classes"])
+    head: Head = build_part(run.recipe, "head")(run.facts["dim"], outputs)
     module = Classifier(head)
     load_trainable(module, run.folder / "weights.safetensors")
     module.to(device).eval()
