@@ -1,6 +1,7 @@
 import glob
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -253,6 +254,23 @@ def test_a_killed_run_is_no_result_and_is_done_again(
     assert listed(out) == [run.path.name]
 
 
+def test_hidden_folders_bear_their_process_and_only_this_slides_old_ones_go(
+    slide_path: Path, tiles: Tiles, tmp_path: Path
+) -> None:
+    out, item = tmp_path / "out", tiles.item
+    old = [f".{item}@elsewhere-7.part", f".{item}@{pixels._HERE}-999999.part"]
+    others = [f".{item}.zarr@elsewhere-7.part", f".{item}0@elsewhere-7.part"]
+    for name in (*old, *others):
+        (out / name).mkdir(parents=True)
+    seen: set[str] = set()
+
+    def look(*_: int) -> None:
+        seen.update(path.name for path in out.glob(".*.part"))
+
+    save_pixels(slide_path, tiles, out, Layout("png"), progress=look)
+    assert seen == {f".{item}@{pixels._HERE}-{os.getpid()}.part", *others}
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     slide_path: Path, tiles: Tiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,47 +372,3 @@ def test_a_slide_that_vanishes_is_not_called_unreadable(
     with pytest.raises(DataError, match="cannot be decoded"):
         save_pixels(slide_path, tiles, where, layout, max_bad_tiles=1, progress=vanish)
     assert not listed(where)
-
-
-# --- the command -------------------------------------------------------------------------
-
-
-def test_the_table_says_what_was_saved_and_what_was_there(slide_path: Path, run: Run) -> None:
-    for words in ("35 as webdataset", "there already"):
-        options = ("--size", 100, "--no-overview", "--save-pixels", "webdataset")
-        code, out, err = run("tile", slide_path, *options)
-        assert (code, words in out) == (0, True), out
-        assert "pixels are in pathcli-out/pixels" in err
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--save-pixels", "zar"),
-        ("--pixels-out", "x"),
-        ("--pixels-format", "jpeg:90"),
-        ("--save-pixels", "zarr", "--pixels-format", "jpeg:90"),
-    ],
-)
-def test_options_of_pixels_that_do_not_fit_are_refused(
-    slide_path: Path, run: Run, options: tuple[str, ...]
-) -> None:
-    code, _, err = run("tile", slide_path, *options)
-    assert code == 2
-    assert "--save-pixels" in err
-    assert not len(Store().tiles)
-
-
-def test_queued_reads_are_bounded() -> None:
-    started = []
-
-    def work(row: int) -> int:
-        started.append(row)
-        time.sleep(0.001 * (row % 3))
-        return row
-
-    ahead = []
-    for row in pixels.in_order(work, range(200), 2):
-        ahead.append(len(started) - row)
-        assert row == len(ahead) - 1
-    assert max(ahead) <= 2 * pixels._AHEAD + 2

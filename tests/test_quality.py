@@ -1,6 +1,7 @@
 """Quality flags: what is blurred, inked, dark or white is left out, and nothing else."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -13,7 +14,7 @@ from pathcli.errors import UsageError
 from pathcli.slides import quality
 from pathcli.slides.quality import flag_tiles
 from pathcli.slides.tiling import grid, summary, tile, tile_spec
-from pathcli.slides.tissue import find_tissue
+from pathcli.slides.tissue import Tissue, find_tissue
 from pathcli.store import Store
 
 MPP = 1.0
@@ -116,6 +117,27 @@ def test_most_tiles_dropped_is_a_warning(tmp_path: Path, store: Store) -> None:
     assert any("--drop leaves out" in w and "blur" in w for w in run.warnings)
 
 
+def test_pens_are_sought_in_the_slides_own_micrometres() -> None:
+    """Cells of 16 level-0 px at 0.5 um are 8 um: a stroke of 112 um is ink, red of 48 um is not."""
+    pixels = np.full((200, 300, 3), (200, 150, 190), np.uint8)
+    pixels[40:54] = (20, 140, 120)
+    pixels[120:126] = (205, 12, 24)
+    seen = Tissue(np.ones((200, 300), bool), pixels, (16.0, 16.0))
+    xy = np.array([[0, 640], [2400, 640], [0, 1920], [0, 2560]])
+    spec = tile_spec(256, 0.5, drop=("pen",))
+    found = flag_tiles(SimpleNamespace(), spec, 0.5, seen, xy)
+    assert found["pen"].tolist() == [True, True, False, False]
+
+
+def test_counts_of_dropped_tiles_survive_the_store(scan: Path, store: Store) -> None:
+    spec = tile_spec(SIDE, MPP, tissue="none", drop=ALL)
+    fresh = tile(scan, spec=spec, store=store)
+    again = tile(scan, spec=spec, store=store)
+    assert again.cached
+    assert again.tiles.dropped == fresh.tiles.dropped
+    assert fresh.tiles.dropped["pen"] == 6
+
+
 def test_an_unreadable_tile_is_not_called_blurred(tmp_path: Path) -> None:
     pixels = cv2.GaussianBlur(picture()[:512], (0, 0), 5)
     path = synthetic.slide(tmp_path / "bad.svs", pixels, mpp=MPP, levels=1)
@@ -145,7 +167,7 @@ def test_real_tissue_is_sharp_and_its_blurred_copy_is_not(data: Path, tmp_path: 
         copy = cv2.GaussianBlur(pixels, (0, 0), sigma_um / 0.499) if sigma_um else pixels
         Image.fromarray(copy).save(tmp_path / f"{name}.png")
         run = tile(tmp_path / f"{name}.png", spec=tile_spec(drop=("blur",)), mpp=0.499)
-        assert run.dropped is not None
-        shares.append(run.dropped["blur"] / (len(run.tiles) + run.dropped["blur"]))
+        assert run.tiles.dropped is not None
+        shares.append(run.tiles.dropped["blur"] / (len(run.tiles) + run.tiles.dropped["blur"]))
     assert shares[0] == 0
     assert shares[1] > 0.95

@@ -10,7 +10,7 @@ from conftest import SIZE, Run
 from shapely import Polygon, box
 
 from pathcli.errors import DataError, ResourceError, UsageError
-from pathcli.slides.roi import Roi, read_roi, roi_file
+from pathcli.slides.roi import Roi, check_rois, read_roi, roi_file
 from pathcli.slides.tiling import summary, tile, tile_spec
 from pathcli.store import Store
 
@@ -191,6 +191,28 @@ def test_a_file_is_one_slides_and_a_folder_has_one_per_stem(tmp_path: Path) -> N
         roi_file(tmp_path, "x/s1.svs")
     with pytest.raises(ResourceError, match="no such file or folder"):
         roi_file(tmp_path / "nowhere", "x/s1.svs")
+
+
+def test_slides_of_one_name_cannot_share_a_folders_file(tmp_path: Path) -> None:
+    (tmp_path / "s1.geojson").write_text("{}")
+    check_rois(tmp_path, ["a/s1.svs", "b/s2.svs", "b/s3.svs"])  # two have none: their own failure
+    with pytest.raises(UsageError, match=r"a/s1.svs and b/s1.tiff would both be given s1.geojson"):
+        check_rois(tmp_path, ["a/s1.svs", "b/s2.svs", "b/s1.tiff"])
+    check_rois(tmp_path / "s1.geojson", ["b/other.svs"])
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_one_file_for_two_slides_is_refused_once_and_nothing_is_cut(
+    slide_path: Path, run: Run, more: tuple[str, ...]
+) -> None:
+    path, out = files(slide_path.parent)[0], slide_path.parent / "out"
+    other = slide_path.with_name("other.svs")
+    other.write_bytes(slide_path.read_bytes())
+    code, _, err = run("tile", slide_path, other, "--roi", path, "--out", out, *more)
+    assert code == 2
+    assert err.count("there are 2 slides") == 1
+    assert "failed" not in err
+    assert not out.exists()
 
 
 def test_the_command_line_takes_a_region(slide_path: Path, run: Run) -> None:

@@ -13,8 +13,9 @@ from PIL import Image
 from pathcli.errors import DataError
 from pathcli.slides import discover, overlay, plain
 from pathcli.slides.geojson import polygons, write_geojson
+from pathcli.slides.overview import overview
 from pathcli.slides.tiling import grid, read_tile, tile, tile_spec
-from pathcli.slides.tissue import Tissue, find_tissue, method, overview
+from pathcli.slides.tissue import Tissue, find_tissue, method
 from pathcli.store import Store
 
 # --- grid --------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def test_an_overview_of_a_large_level_is_read_in_stripes(
 ) -> None:
     slide = open_slide(slide_path)
     whole = overview(slide, 10)[0].astype(int)
-    monkeypatch.setattr("pathcli.slides.tissue._READ_PX", 40_000)
+    monkeypatch.setattr("pathcli.slides.overview._READ_PX", 40_000)
     striped = overview(slide, 10)[0].astype(int)
     assert whole.shape == striped.shape == (110, 150, 3)
     assert np.abs(whole - striped).mean() < 2
@@ -240,28 +241,6 @@ def test_a_tissue_method_is_built_from_its_parameters(name: str) -> None:
 
 
 # --- store, pictures, GeoJSON ------------------------------------------------------------
-
-
-def test_the_second_run_comes_from_the_store_and_another_mpp_does_not(
-    slide_path: Path, store: Store
-) -> None:
-    assert not tile(slide_path, store=store).cached
-    again = tile(slide_path, store=store)
-    assert again.cached
-    assert again.tiles.tissue_share > 0
-    assert not tile(slide_path, store=store, mpp=0.25).cached
-    assert not tile(slide_path, store=store, spec=tile_spec(min_tissue=0.4)).cached
-    (slide_path.parent / "sub").mkdir()
-    moved = slide_path.rename(slide_path.parent / "sub" / slide_path.name)
-    assert tile(moved, store=store).cached
-    assert len(store.tiles) == 3
-
-
-def test_the_store_keeps_a_card_of_the_slide(slide_path: Path, store: Store) -> None:
-    run = tile(slide_path, store=store, mpp=0.25, mpp_source="csv")
-    card = store.slides()[run.tiles.item]
-    assert (card["mpp"], card["mpp_used"], card["mpp_source"]) == (0.5, 0.25, "csv")
-    assert card["last_seen"] == str(slide_path)
 
 
 def test_the_overview_shows_tissue_where_it_is(slide_path: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathcli.slides.pens import pen_mask, pens
 from pathcli.slides.stains import stain_named, stain_warnings
 from pathcli.slides.tiling import tile, tile_spec
 from pathcli.slides.tissue import find_tissue, method
+from pathcli.slides.tissue_methods import _islands
 from pathcli.store import Store
 
 UM = 8.0
@@ -104,6 +105,31 @@ def test_an_island_counts_without_its_holes_and_keeps_the_largest() -> None:
     assert method("hsv:tcga").mask(pixels, 2.0).any()
 
 
+HOLE = 11**2 - 4 / 2
+"""Area of the outline of a hole of 10 x 10, which runs on the island and cuts its corners."""
+
+
+def ring(side: int, hole: int) -> np.ndarray:
+    """Return a square island of `side` cells with a square hole, in 60 x 60 cells."""
+    mask = np.zeros((60, 60), np.uint8)
+    mask[10 : 10 + side, 10 : 10 + side] = 1
+    mask[12 : 12 + hole, 12 : 12 + hole] = 0
+    return mask
+
+
+def test_an_islands_hole_is_no_part_of_its_area() -> None:
+    net = 13**2 - HOLE
+    assert _islands(ring(14, 10), net - 1, 0, 8).any()
+    assert not _islands(ring(14, 10), net, 0, 8).any()
+
+
+def test_a_hole_stays_only_above_its_least_area() -> None:
+    kept = _islands(ring(30, 10), 1, HOLE - 1, 8)
+    assert np.array_equal(kept, ring(30, 10) > 0)
+    filled = _islands(ring(30, 10), 1, HOLE, 8)
+    assert np.array_equal(filled, ring(30, 0) > 0)
+
+
 # --- auto --------------------------------------------------------------------------------
 
 
@@ -120,6 +146,20 @@ def test_auto_falls_back_when_nothing_is_found_and_says_so() -> None:
     assert overlap(found.mask, truth()) > 0.9
     assert "otsu finds 0% of the scan" in found.warnings[0]
     assert "which is used" in found.warnings[0]
+
+
+def test_ink_is_left_out_of_what_auto_falls_back_to() -> None:
+    """What ink is replaced with, white, is itself off the glass's colour."""
+    pixels = scan((219, 219, 222), (238, 238, 239))
+    stroke = np.zeros((300, 400), np.uint8)
+    cv2.line(stroke, (20, 150), (385, 150), 1, 14)
+    pixels[stroke > 0] = INKS["green"]
+    found = method("auto").masked(pixels, UM)
+    ink = pen_mask(pens(pixels, UM), pixels.shape)
+    assert "which is used" in found.warnings[1]
+    assert ink[stroke > 0].mean() > 0.95
+    assert not (found.mask & ink).any()
+    assert overlap(found.mask, truth() & ~ink) > 0.9
 
 
 def test_auto_falls_back_when_everything_is_found_and_says_so() -> None:
@@ -267,6 +307,17 @@ def test_pens_of_real_thumbnails(
     found = pens(pixels, um)
     assert set(found) == expected
     assert pen_mask(found, pixels.shape).mean() >= least
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("times", [1 / 16, 1 / 4, 1, 4, 16])
+def test_a_false_resolution_makes_no_ink_of_h_and_e(data: Path, times: float) -> None:
+    """Strokes are sought in micrometres: a scan said to be finer loses them, and no tissue."""
+    folder = data / "patches" / "lc25000-colon-few"
+    for path in sorted(folder.rglob("*.jpeg"))[::4]:
+        assert not pens(np.asarray(Image.open(path).convert("RGB")), 0.5 * times)
+    thumbnail = Image.open(data / "slides" / "thumbnails" / "tcga-red-pen.png").convert("RGB")
+    assert bool(pens(np.asarray(thumbnail), 4 * times)) == (times >= 1)
 
 
 @pytest.mark.data

@@ -54,6 +54,7 @@ def tile(
     roi: o.Roi = None,
     drop: o.Drop = "",
     slide_mpp: o.SlideMpp = None,
+    shard: o.Shard = None,
     save_pixels: SavePixels = None,
     pixels_out: PixelsOut = None,
     pixels_format: PixelsFormat = "png",
@@ -72,6 +73,7 @@ def tile(
     """
     from pathcli.slides.discovery import discover  # noqa: PLC0415
     from pathcli.slides.plan import Wanted, unwritten_store  # noqa: PLC0415
+    from pathcli.slides.roi import check_rois  # noqa: PLC0415
     from pathcli.slides.tiling import tile_spec  # noqa: PLC0415
 
     o.check(slide_mpp)
@@ -79,18 +81,22 @@ def tile(
     layout = _layout(save_pixels, pixels_out, pixels_format)
     wanted = Wanted(layout, pixels_out or out / "pixels", workers=workers)
     found = discover(slides)
+    if roi:
+        check_rois(roi, [slide.path for slide in found])
+    mine = o.shard_of(shard, found)
 
     def tiling(slide: Found) -> Tiling:
         given, source = resolution(slide, slide_mpp)
-        own = o.roi_of(roi, str(slide.path), len(found))
+        own = o.roi_of(roi, str(slide.path))
         return {"mpp": given, "mpp_source": source, "roi": own}
 
     if dry_run:
-        plan_all(found, spec, wanted, unwritten_store(store), tiling, json=json)
+        plan_all(mine, spec, wanted, unwritten_store(store), tiling, json=json)
     else:
         drawn = {"out": out, "overview": overview, "geojson": geojson}
         fixed = {"spec": spec, "store": o.open_store(store), **drawn}
-        _tile_all(found, fixed, tiling, wanted, max_bad_tiles, json=json)
+        listed = f"failures-{shard.replace('/', '-of-')}.csv" if shard else "failures.csv"
+        _tile_all(mine, fixed, tiling, wanted, max_bad_tiles, listed=listed, json=json)
 
 
 def _layout(kind: str | None, out: Path | None, codec: str) -> Layout | None:
@@ -117,6 +123,7 @@ def _tile_all(
     wanted: Wanted,
     max_bad: float,
     *,
+    listed: str,
     json: bool,
 ) -> None:
     """Tile slide after slide; print rows and failures, and exit with the batch's code."""
@@ -145,7 +152,7 @@ def _tile_all(
             told["warnings"] += pixels.warnings
         return told
 
-    batch = run_batch(found, work, fixed["out"])
+    batch = run_batch(found, work, fixed["out"], listed=listed)
     rows = [row_of(r) | saved_of(r) for r in batch.results]
     if batch.results and not json:
         if fixed["overview"]:

@@ -34,6 +34,13 @@ log = logging.getLogger("pathcli")
 AHEAD = 1
 """Batches that wait, read, beside the one that each thread is reading."""
 
+_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tell by PyTorch's words, which is all there is on a CPU, whether memory was short."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY)
+
 
 class Rows(Protocol):
     """What is embedded row by row: the tiles of a slide, or plain images.
@@ -139,11 +146,29 @@ class Reader:
             self._begin_one()
             yield batch
 
-    def _read(self, start: int) -> Batch:
+    def _buffer(self, b: int) -> torch.Tensor:
+        """Return uint8 [b, side, side, 3], in ordinary memory once there is no other.
+
+        Raises:
+            MemoryError: there is none at all.
+        """
         import torch  # noqa: PLC0415
 
-        b, side = min(self.batch, self.n - start), self.rows.side
-        buffer = torch.empty((b, side, side, 3), dtype=torch.uint8, pin_memory=self._pinned)
+        shape = (b, self.rows.side, self.rows.side, 3)
+        try:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if not self._pinned:
+                raise MemoryError(str(error)) from error
+        log.warning("too little memory that a GPU can copy from: its tiles take the slower way")
+        self._pinned = False
+        return self._buffer(b)
+
+    def _read(self, start: int) -> Batch:
+        b = min(self.batch, self.n - start)
+        buffer = self._buffer(b)
         pixels, status = buffer.numpy(), np.zeros(b, np.uint8)
         for i in range(b):
             if self._stopped.is_set():

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pathcli.slides.geojson import polygons
-from pathcli.slides.tissue import overview
+from pathcli.slides.overview import overview
 from pathcli.store.files import write_bytes
 
 if TYPE_CHECKING:

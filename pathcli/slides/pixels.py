@@ -6,9 +6,12 @@ call then finds it done, and a call with other parameters is refused.
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
+import re
 import shutil
+import socket
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +28,7 @@ from pathcli.slides.readers import open_slide
 from pathcli.slides.tiling import read_tile, refuse_if_bad
 from pathcli.store.files import disk_errors, part_path
 from pathcli.store.lease import lease
+from pathcli.store.place import LocalPlace
 from pathcli.types import TileStatus, silent
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 OPTION = "--pixels-out"
 _AHEAD = 4  # tiles each thread may be ahead of the writer
+_HERE = re.sub(r"\W+", "_", socket.gethostname())
 _MANY = 100  # files up to which each is synced by itself; thousands would take minutes
 
 log = logging.getLogger("pathcli")
@@ -111,9 +116,7 @@ def save_pixels(
     card = saved(place, tiles, layout)
     cached = card is not None
     if card is None:
-        with disk_errors(place, OPTION):
-            out.mkdir(parents=True, exist_ok=True)
-        with lease(place, OPTION) as held:
+        with lease(LocalPlace(place.parent, OPTION), place.name) as held:
             card = saved(place, tiles, layout)  # another process may have been faster
             if card is None:
                 with disk_errors(place, OPTION), closing(open_slide(path)) as slide:
@@ -169,8 +172,9 @@ def _card(tiles: Tiles, layout: Layout) -> dict[str, Any]:
 
 def _publish(place: Path, reading: _Reading, held: Callable[[], bool]) -> dict[str, Any]:
     """Fill the hidden folder and rename it; return what it says of itself."""
-    part = part_path(place.with_name(f".{place.name}"))
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    part = part_path(place.with_name(f".{place.name}@{_HERE}-{os.getpid()}"))
+    for left in place.parent.glob(f".{glob.escape(place.name)}@*.part"):
+        shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
     part.mkdir()
     try:
         card = reading.write(part)

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ from pathcli.slides.pixel_layouts import BLOCK_BYTES
 from pathcli.slides.pixels import in_order, read_or_none, saved
 from pathcli.slides.readers import open_slide, slide_mpp
 from pathcli.slides.tiling import summary, tile_slide
-from pathcli.store.hdf5 import read_features, read_tiles
-from pathcli.store.store import FeatureEntries, Store, TileEntries, default_root
+from pathcli.store.entries import FeatureEntries, TileEntries
+from pathcli.store.store import Store, default_root
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -203,7 +203,7 @@ def totals(
     disk: Counter[str] = Counter()
     for each in plans:
         disk.update(each.disk)
-    places = {"store": store.root}
+    places = {"store": store.local}
     if wanted.layout and wanted.out:
         places["pixels"] = wanted.out
     seconds = sum(each.seconds for each in plans)
@@ -242,33 +242,36 @@ def _memory(wanted: Wanted) -> int | None:
 # --- a store that is only read -----------------------------------------------------------
 
 
-def unwritten_store(root: Path | None = None) -> Store:
-    """Return a store that is read and never written; its folder need not be there.
+def unwritten_store(root: Path | str | None = None) -> Store:
+    """Return a store that is read and never written; it need not be there.
 
     Args:
-        root: its folder (default: the user's store).
+        root: its folder or address (default: the user's store).
 
     Raises:
         DataError: the folder is not a store, or of a newer format.
         ResourceError: it cannot be read.
     """
-    place = (root or default_root()).expanduser()
-    with suppress(OSError):
-        if place.is_dir() and not any(place.iterdir()):
-            return _Unwritten(place)  # opening an empty folder would make it a store
-    if place.exists():
-        Store(place, create=False)
-    return _Unwritten(place)
+    return _Unwritten(root or default_root())
 
 
 class _Unwritten(Store):
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.tiles = _UnwrittenTiles(root / "tiles", read_tiles)
-        self.features = FeatureEntries(root / "features", read_features)
+    def __init__(self, root: Path | str) -> None:
+        super().__init__(root, create=False)
+        self.tiles = _UnwrittenTiles(self.backend)
+        self.features = _UnwrittenFeatures(self.backend)
+
+    def _begin(self, **_: bool) -> None:
+        """Write nothing, but refuse what is something else."""
+        self._require_empty()
 
     def remember(self, info: SlideInfo, path: Path | str, mpp: float, source: str) -> None:
         """Write nothing."""
+
+
+class _UnwrittenFeatures(FeatureEntries):
+    def remove(self, key: Key) -> None:
+        """Remove nothing."""
 
 
 class _UnwrittenTiles(TileEntries):

@@ -16,9 +16,10 @@ import cv2
 import numpy as np
 
 from pathcli.errors import DataError, UsageError
+from pathcli.slides.masks import chroma_of
+from pathcli.slides.overview import best_level
 from pathcli.slides.pens import pen_mask, pens
 from pathcli.slides.stains import extremes
-from pathcli.slides.tissue import best_level, chroma_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -47,6 +48,7 @@ are once blurred with a Gaussian of 2 um (standard deviation), all with one of 3
 with one of 1 um."""
 BLUR_RATIO = 0.06
 """The same over the variance of grey: a tile without contrast is smooth, but not blurred."""
+_MANY = 0.5  # share of dropped tiles from which the user is told
 _BLOCK_PX = 2048  # side of what is read at once, in pixels of about 1 um
 
 
@@ -83,6 +85,22 @@ def flag_tiles(
             share = replace(tissue, mask=cells).fraction(xy, (side0, side0))
             found[name] = share >= least
     return found
+
+
+def drop_flagged(
+    slide: Slide, spec: TileSpec, mpp: float, tissue: Tissue, xy: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], dict[str, int], tuple[str, ...]]:
+    """Leave out tiles with a flag of `spec.drop`: what stays, counts per flag, a warning."""
+    flagged = flag_tiles(slide, spec, mpp, tissue, xy)
+    dropped = {name: int(rows.sum()) for name, rows in flagged.items()}
+    bad = np.logical_or.reduce([np.zeros(len(xy), bool), *flagged.values()])
+    said: tuple[str, ...] = ()
+    if bad.sum() > _MANY * len(xy):
+        counts = ", ".join(f"{name} {n}" for name, n in dropped.items())
+        said = (
+            f"--drop leaves out {bad.sum()} of {len(xy)} tiles ({counts}): look at the overview",
+        )
+    return xy[~bad], dropped, said
 
 
 def _cells(name: str, tissue: Tissue, mpp: float) -> tuple[NDArray[np.bool_], float]:

@@ -15,6 +15,8 @@ from pathcli.slides.readers import public_name
 from pathcli.types import digest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
     from shapely import Polygon
 
@@ -96,6 +98,28 @@ def _canonical(parts: tuple[Polygon, ...]) -> list[Any]:
         [np.round(ring.coords, 2).tolist() for ring in (part.exterior, *part.interiors)]
         for part in normal.geoms
     ]
+
+
+def check_rois(given: Path, slides: Iterable[Path | str]) -> None:
+    """Refuse at once what no slide of several can be given: one file, or one file of a folder.
+
+    Raises:
+        UsageError: one file for several slides, or slides of one name and a folder.
+        ResourceError: there is no such file or folder.
+    """
+    paths = [public_name(slide) for slide in slides]
+    owners: dict[Path, str] = {}
+    for path in paths:
+        try:
+            file = roi_file(given, path, len(paths))
+        except DataError:  # that slide's own failure
+            continue
+        if owners.setdefault(file, path) != path:
+            msg = (
+                f"--roi {given}: {owners[file]} and {path} would both be given {file.name}; "
+                "tile slides of one name apart, each with its own file"
+            )
+            raise UsageError(msg)
 
 
 def roi_file(given: Path, slide: Path | str, slides: int = 1) -> Path:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,24 +16,23 @@ from PIL import Image
 from pathcli.errors import DataError, UsageError
 from pathcli.slides.geojson import write_geojson
 from pathcli.slides.overlay import draw_tiles, save_png
-from pathcli.slides.quality import flag_tiles, flags
-from pathcli.slides.readers import open_slide, slide_mpp
+from pathcli.slides.overview import best_level
+from pathcli.slides.quality import drop_flagged, flags
+from pathcli.slides.readers import IMAGE_SUFFIXES, TIFF_SUFFIXES, open_slide, slide_mpp
 from pathcli.slides.roi import LEAST_INSIDE, Roi, read_roi
 from pathcli.slides.stains import stain_named
 from pathcli.slides.tissue import (
     DARK_BACKGROUND,
     Tissue,
-    best_level,
     find_tissue,
     method,
     parameters_of,
 )
 from pathcli.store import Store
-from pathcli.types import MPP_RANGE, Tiles, TileSpec
+from pathcli.types import MPP_RANGE, Key, Tiles, TileSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pathcli")
 
+_ONE_FILE = IMAGE_SUFFIXES | TIFF_SUFFIXES | {".ndpi", ".scn", ".bif"}
 _COARSE = 1.05  # a slide this much coarser than asked is upsampled visibly
-_MANY = 0.5  # share of dropped tiles from which the user is told
 _SUSPICIOUS = 0.98  # tissue share at which a coloured background is likelier than tissue
 
 
@@ -77,8 +77,7 @@ def tile_spec(
 class TileRun:
     """What `tile` did for one slide; `cached` says that the store already had the tiles.
 
-    `why` says why this reader served. `dropped` counts the tiles on tissue that had each of
-    the flags asked for, where they were computed: None for tiles from the store.
+    `why` says why this reader served.
     """
 
     path: str
@@ -91,7 +90,6 @@ class TileRun:
     geojson: Path | None = None
     warnings: tuple[str, ...] = field(default=())
     why: str = ""
-    dropped: Mapping[str, int] | None = None
 
 
 def tile(
@@ -160,14 +158,12 @@ def tile_slide(
         roi = read_roi(roi, slide.info.bounds, (slide.info.width, slide.info.height))
     if roi is not None:
         spec = replace(spec, roi=roi.digest)
-    empty = _tiles(slide, spec, used, np.zeros((0, 2), np.int32))
-    cached = empty.key in store.tiles
-    tissue = dropped = None
-    if cached:
-        tiles = store.tiles[empty.key]
-    else:
+    size = file_bytes(slide)
+    kept, tissue = _kept(slide, store, Key(slide.info.item, used, spec.digest), size), None
+    tiles = kept
+    if tiles is None:
         tissue = find_tissue(slide, spec, used)
-        tiles, dropped = _cut(slide, spec, used, tissue, roi)
+        tiles = replace(_cut(slide, spec, used, tissue, roi), file_bytes=size)
         store.tiles[tiles.key] = tiles
     store.remember(slide.info, slide.path, used, source)
     pictures: dict[str, Path] = {}
@@ -179,13 +175,36 @@ def tile_slide(
         tiles=tiles,
         mpp_source=source,
         reader=slide.info.reader,
-        cached=cached,
+        cached=kept is not None,
         seconds=time.perf_counter() - start,
         warnings=tiles.warnings,
         why=getattr(slide, "why", ""),
-        dropped=dropped,
         **pictures,
     )
+
+
+def file_bytes(slide: Slide) -> int | None:
+    """Return how long the file of a slide is; None for slides of several files, or elsewhere."""
+    if isinstance(slide.path, Path) and slide.path.suffix.lower() in _ONE_FILE:
+        with suppress(OSError):
+            return slide.path.stat().st_size
+    return None
+
+
+def _kept(slide: Slide, store: Store, key: Key, size: int | None) -> Tiles | None:
+    """Return the tiles that the store has, unless the slide was still being copied then."""
+    if key not in store.tiles:
+        return None
+    tiles = store.tiles[key]
+    if not (size and tiles.file_bytes and tiles.file_bytes < size):
+        return tiles
+    log.warning(
+        "%s: has grown from %d to %d bytes since its tiles were cut; it is cut anew",
+        *(slide.path, tiles.file_bytes, size),
+    )
+    for old in [old for old in store.features if replace(old, encoder=None) == key]:
+        store.features.remove(old)
+    return None
 
 
 def _draw(
@@ -210,35 +229,8 @@ def _draw(
     return written
 
 
-def _tiles(
-    slide: Slide,
-    spec: TileSpec,
-    mpp: float,
-    xy: NDArray[np.int32],
-    *,
-    share: float = 0.0,
-    warnings: tuple[str, ...] = (),
-) -> Tiles:
-    return Tiles(
-        item=slide.info.item,
-        xy=xy,
-        status=np.zeros(len(xy), np.uint8),
-        spec=spec,
-        slide_mpp=mpp,
-        width=slide.info.width,
-        height=slide.info.height,
-        tissue_share=share,
-        warnings=warnings,
-    )
-
-
-def _cut(
-    slide: Slide, spec: TileSpec, mpp: float, tissue: Tissue, roi: Roi | None
-) -> tuple[Tiles, dict[str, int]]:
-    """Lay the grid over the scan; keep tiles with enough tissue, inside `roi`, without flags.
-
-    The second value counts the tiles each flag dropped.
-    """
+def _cut(slide: Slide, spec: TileSpec, mpp: float, tissue: Tissue, roi: Roi | None) -> Tiles:
+    """Lay the grid over the scan; keep tiles with enough tissue, inside `roi`, without flags."""
     if spec.roi is not None and roi is None:
         msg = f"{slide.path}: these tiles are those of a region of interest; give it too, as roi"
         raise UsageError(msg)
@@ -263,25 +255,19 @@ def _cut(
         warnings.append("no tile: none on tissue has half of its area in the region of interest")
     elif not on_tissue and DARK_BACKGROUND not in warnings:
         warnings.append(_why_no_tile(spec, mpp, slide, share, len(candidates)))
-    xy, dropped, said = _drop(slide, spec, mpp, tissue, xy)
-    told = (*warnings, *said)
-    return _tiles(slide, spec, mpp, xy, share=share, warnings=told), dropped
-
-
-def _drop(
-    slide: Slide, spec: TileSpec, mpp: float, tissue: Tissue, xy: NDArray[np.int32]
-) -> tuple[NDArray[np.int32], dict[str, int], tuple[str, ...]]:
-    """Leave out tiles with a flag of `spec.drop`: what stays, counts per flag, a warning."""
-    flagged = flag_tiles(slide, spec, mpp, tissue, xy)
-    dropped = {name: int(rows.sum()) for name, rows in flagged.items()}
-    bad = np.logical_or.reduce([np.zeros(len(xy), bool), *flagged.values()])
-    said: tuple[str, ...] = ()
-    if bad.sum() > _MANY * len(xy):
-        counts = ", ".join(f"{name} {n}" for name, n in dropped.items())
-        said = (
-            f"--drop leaves out {bad.sum()} of {len(xy)} tiles ({counts}): look at the overview",
-        )
-    return xy[~bad], dropped, said
+    xy, dropped, said = drop_flagged(slide, spec, mpp, tissue, xy)
+    return Tiles(
+        item=slide.info.item,
+        xy=xy,
+        status=np.zeros(len(xy), np.uint8),
+        spec=spec,
+        slide_mpp=mpp,
+        width=slide.info.width,
+        height=slide.info.height,
+        tissue_share=share,
+        warnings=(*warnings, *said),
+        dropped=dropped,
+    )
 
 
 def grid(spec: TileSpec, mpp: float, bounds: tuple[int, int, int, int]) -> NDArray[np.int32]:
@@ -365,7 +351,7 @@ def refuse_if_bad(name: str, bad: int, n: int, limit: float) -> None:
     """
     if bad > limit * n:
         msg = (
-            f"{name}: at least {bad} of {n} tiles cannot be read, more than {limit:.1%}; "
+            f"{name}: at least {bad} of {n} tiles cannot be read, more than {100 * limit:g}%; "
             "is the file whole? (--max-bad-tiles sets the limit)"
         )
         raise DataError(msg)
@@ -387,7 +373,7 @@ def summary(run: TileRun) -> dict[str, Any]:
         "tissue_share": round(tiles.tissue_share, 4),
         "stain": stain_named(run.warnings),
         "roi": tiles.spec.roi,
-        "dropped": None if run.dropped is None else dict(run.dropped),
+        "dropped": None if tiles.dropped is None else dict(tiles.dropped),
         "tiles": len(tiles),
         "tiles_digest": tiles.spec.digest,
         "cached": run.cached,

@@ -18,19 +18,18 @@ import numpy as np
 
 from pathcli.errors import DataError
 from pathcli.registry import resolve
+from pathcli.slides.masks import odd, smooth_chroma, tidy
+from pathcli.slides.overview import overview
 from pathcli.slides.pens import pen_mask, pens
-from pathcli.slides.stains import dark_background, extremes, stain_named, stain_warnings
+from pathcli.slides.stains import dark_background, stain_named, stain_warnings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pathcli.types import ByteArray, Slide, TileSpec
 
-_SMALLEST = 128  # pixels of a level: a smaller block that cannot be read is given up
 _MOST_LOST = 0.25  # share of the scan that may be undecodable before the slide fails
-_READ_PX = 16_000_000  # pixels of a level read at once; larger levels are read in blocks
 _INKED = 0.005  # share of the tissue under ink from which the user is told
-_MANY_ISLANDS = 2000  # from which all cells are looked up at once
 DARK_BACKGROUND = (
     "no tile: the background is black, as in fluorescence, and tissue rules for stained slides "
     "do not apply; --tissue auto finds what is bright, --tissue none takes the whole scan"
@@ -90,34 +89,46 @@ class Tissue:
 
         Areas are exact: a mask cell that a rectangle cuts counts by the part inside.
         """
-        table = np.asarray(cv2.integral(self.mask.view(np.uint8)))
         x0, y0 = xy[:, 0] / self.scale[0], xy[:, 1] / self.scale[1]
         x1, y1 = x0 + size[0] / self.scale[0], y0 + size[1] / self.scale[1]
-        inside = (
-            _integral(table, x1, y1)
-            - _integral(table, x0, y1)
-            - _integral(table, x1, y0)
-            + _integral(table, x0, y0)
-        )
+        table = _Sums(self.mask, np.concatenate([y0, y1]))
+        inside = table(x1, y1) - table(x0, y1) - table(x1, y0) + table(x0, y0)
         area = size[0] * size[1] / (self.scale[0] * self.scale[1])
         return np.asarray(np.clip(np.round(inside / area, 9), 0.0, 1.0))  # ties are ties
 
 
-def _integral(table: NDArray[Any], x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
-    """Read a summed-area table at fractional places, bilinearly."""
-    x = np.clip(x, 0, table.shape[1] - 1)
-    y = np.clip(y, 0, table.shape[0] - 1)
-    i, j = (
-        np.minimum(y.astype(int), table.shape[0] - 2),
-        np.minimum(x.astype(int), table.shape[1] - 2),
-    )
-    v, u = y - i, x - j
-    return np.asarray(
-        table[i, j] * (1 - u) * (1 - v)
-        + table[i, j + 1] * u * (1 - v)
-        + table[i + 1, j] * (1 - u) * v
-        + table[i + 1, j + 1] * u * v
-    )
+class _Sums:
+    """A summed-area table of a mask, of those rows alone that are asked for."""
+
+    def __init__(self, mask: NDArray[np.bool_], y: NDArray[Any]) -> None:
+        """Sum up to the cells around each of `y`."""
+        self._height, width = mask.shape
+        above = np.unique(self._above(y))
+        self._rows = np.union1d(above, above + 1)
+        cells, table = mask.view(np.uint8), np.zeros((len(self._rows), width + 1), np.int32)
+        for i, (top, bottom) in enumerate(pairwise([0, *self._rows.tolist()])):
+            if bottom > top:
+                table[i, 1:] = cv2.reduce(cells[top:bottom], 0, cv2.REDUCE_SUM, dtype=cv2.CV_32S)
+        table.cumsum(axis=0, out=table)
+        self._table = table.cumsum(axis=1, out=table)
+
+    def _above(self, y: NDArray[Any]) -> NDArray[np.int64]:
+        row = np.clip(y, 0, self._height).astype(np.int64)
+        return np.asarray(np.minimum(row, self._height - 1))
+
+    def __call__(self, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+        """Read the table at fractional places, bilinearly."""
+        table, width = self._table, self._table.shape[1] - 1
+        x = np.clip(x, 0, width)
+        row, j = self._above(y), np.minimum(x.astype(int), width - 1)
+        v, u = np.clip(y, 0, self._height) - row, x - j
+        i = np.searchsorted(self._rows, row)
+        return np.asarray(
+            table[i, j] * (1 - u) * (1 - v)
+            + table[i, j + 1] * u * (1 - v)
+            + table[i + 1, j] * (1 - u) * v
+            + table[i + 1, j + 1] * u * v
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +152,7 @@ class Otsu:
 
     def mask(self, thumbnail: ByteArray, um_per_px: float) -> NDArray[np.bool_]:
         """Return bool [h, w]; see `TissueMethod.mask`."""
-        smooth = cv2.GaussianBlur(thumbnail, (0, 0), max(0.3, self.blur_um / um_per_px))
-        chroma = chroma_of(smooth)
+        chroma = smooth_chroma(thumbnail, max(0.3, self.blur_um / um_per_px))
         level, _ = cv2.threshold(chroma, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
         found = chroma > min(max(level, self.lowest), self.highest)
         return tidy(found, um_per_px, self.close_um, self.min_area_mm2, self.min_hole_mm2)
@@ -183,46 +193,6 @@ class Everything:
         """Return bool [h, w], all true."""
         del um_per_px
         return np.ones(thumbnail.shape[:2], bool)
-
-
-def chroma_of(rgb: NDArray[Any]) -> ByteArray:
-    """Return the largest minus the smallest channel, uint8 [h, w]."""
-    least, most = extremes(rgb)
-    return most - least
-
-
-def odd(px: float) -> int:
-    """Return the nearest odd kernel size, at least 1, at most what OpenCV's median takes."""
-    return min(2 * int(px / 2) + 1, 255)
-
-
-def tidy(
-    found: NDArray[np.bool_], um_per_px: float, close_um: float, area_mm2: float, hole_mm2: float
-) -> NDArray[np.bool_]:
-    """Close gaps, drop small islands and fill small holes."""
-    side = odd(close_um / um_per_px)
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
-    closed = cv2.morphologyEx(found.astype(np.uint8), cv2.MORPH_CLOSE, kernel)
-    cell_mm2 = (um_per_px / 1000) ** 2
-    least = min(area_mm2 / cell_mm2, found.size / 10)  # a patch is smaller than a slide's dust
-    solid = _drop_small(closed, least)
-    return ~_drop_small((~solid).astype(np.uint8), hole_mm2 / cell_mm2)
-
-
-def _drop_small(mask: NDArray[Any], least_px: float) -> NDArray[np.bool_]:
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-    kept = mask > 0
-    small = np.flatnonzero(stats[:, cv2.CC_STAT_AREA] < least_px)
-    small = small[small > 0]  # label 0 is the rest
-    if len(small) > _MANY_ISLANDS:
-        keep = np.ones(len(stats), bool)
-        keep[small] = False
-        return np.asarray(keep[labels] & kept)
-    for label in small.tolist():  # few and small: quicker than a look at every cell
-        x, y, w, h = stats[label, : cv2.CC_STAT_AREA].tolist()
-        box = slice(y, y + h), slice(x, x + w)
-        kept[box] &= labels[box] != label
-    return np.asarray(kept)
 
 
 def method(name: str, **parameters: float) -> TissueMethod:
@@ -289,55 +259,11 @@ def _window(slide: Slide, scale: tuple[float, float]) -> tuple[slice, slice]:
 def _ink_warnings(scan: ByteArray, mask: NDArray[np.bool_], um_per_px: float) -> tuple[str, ...]:
     """Say how much of the tissue is a pen's ink, where it is worth saying."""
     found = pens(scan, um_per_px)
-    share = (pen_mask(found, scan.shape) & mask).sum() / max(1, mask.sum())
+    if not found:
+        return ()
+    inked = int(np.count_nonzero(pen_mask(found, scan.shape) & mask))
+    share = inked / max(1, int(np.count_nonzero(mask)))
     if share < _INKED:
         return ()
     said = f"{share:.1%} of the tissue is under pen marks ({', '.join(found)}); "
     return (said + "--tissue auto leaves them out, --drop pen the tiles",)
-
-
-def overview(slide: Slide, downsample: float) -> tuple[ByteArray, float]:
-    """Return the whole of level 0, reduced by about `downsample`, uint8 RGB [h, w, 3].
-
-    Uses the coarsest level that is fine enough, averages areas, and reads large levels in
-    blocks, so that memory stays bounded for a slide without a pyramid. A block that cannot
-    be decoded is white; the second value is the share of the area so lost.
-    """
-    info = slide.info
-    width = max(1, round(info.width / downsample))
-    height = max(1, round(info.height / downsample))
-    level = best_level(slide, downsample)
-    step = slide.downsamples[level]
-    level_w, level_h = round(info.width / step), round(info.height / step)
-    picture = np.full((height, width, 3), 255, np.uint8)
-    lost = 0
-
-    def fill(x0: int, y0: int, x1: int, y1: int) -> int:
-        """Fill one rectangle of the picture; return how many of its pixels were lost."""
-        left, right = round(x0 * level_w / width), round(x1 * level_w / width)
-        top, bottom = round(y0 * level_h / height), round(y1 * level_h / height)
-        try:
-            region = slide.read(
-                (round(left * step), round(top * step)), level, (right - left, bottom - top)
-            )
-        except DataError:
-            if max(right - left, bottom - top) > _SMALLEST and min(x1 - x0, y1 - y0) > 1:
-                x, y = (x0 + x1) // 2, (y0 + y1) // 2
-                quarters = ((x0, y0, x, y), (x, y0, x1, y), (x0, y, x, y1), (x, y, x1, y1))
-                return sum(fill(*quarter) for quarter in quarters)
-            return (x1 - x0) * (y1 - y0)
-        size = (x1 - x0, y1 - y0)
-        picture[y0:y1, x0:x1] = cv2.resize(region, size, interpolation=cv2.INTER_AREA)
-        return 0
-
-    stripes = max(1, math.ceil(level_w * level_h / _READ_PX))
-    edges = np.linspace(0, height, min(stripes, height) + 1).round().astype(int)
-    for top, bottom in pairwise(edges.tolist()):
-        lost += fill(0, top, width, bottom)
-    return picture, lost / (width * height)
-
-
-def best_level(slide: Slide, downsample: float) -> int:
-    """Return the coarsest level that is at least as fine as `downsample` (1 % tolerance)."""
-    fine = [i for i, d in enumerate(slide.downsamples) if d <= downsample * 1.01]
-    return max(fine, key=lambda i: slide.downsamples[i]) if fine else 0

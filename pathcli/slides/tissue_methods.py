@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import cv2
 import numpy as np
 
+from pathcli.slides.masks import chroma_of, odd, tidy
 from pathcli.slides.pens import pen_mask, pens
 from pathcli.slides.stains import SAID, dark_background, stain_named, stain_warnings
-from pathcli.slides.tissue import HSV, Masked, Otsu, chroma_of, odd, tidy
+from pathcli.slides.tissue import HSV, Masked, Otsu
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
