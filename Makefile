@@ -38,6 +38,9 @@ bench: install
 	$(BIN)/python benchmarks/embedding.py --network micro
 	$(BIN)/python benchmarks/embedding.py --network vit-b16
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/mil_training.py
 	$(BIN)/python benchmarks/training.py
 
