@@ -5,23 +5,28 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import fakes
 import numpy as np
 import pytest
 import synthetic
 from conftest import Run
+from entries import make_tiles
 
 from pathcli.cli.options import shard_of
 from pathcli.encoders import build_encoder, embedding
 from pathcli.encoders.embedding import Embedder, embed
 from pathcli.encoders.reading import Reader
-from pathcli.errors import BusyError, UsageError
+from pathcli.errors import BusyError, DataError, UsageError
 from pathcli.slides.discovery import Found
 from pathcli.slides.tiling import tile_spec
-from pathcli.store import Store
+from pathcli.store import Store, zarr_writer
+from pathcli.store.lease import lease_name
 from pathcli.store.turns import Turns
+from pathcli.types import Key, silent
 
 SPEC = tile_spec(32, 0.5)
 WORKERS = Path(__file__).parent.parent / "benchmarks" / "workers.py"
@@ -160,6 +165,78 @@ def test_shards_are_all_slides_each_once_in_whatever_order_they_were_found(
     assert shard_of("2/5", shuffled) == [s for s in shuffled if s in set(parts[1])]
     assert shard_of("9/24", found[:3]) == []
     assert shard_of(None, found) == found
+
+
+class Plain:
+    """Rows without a slide, of which those in `bad` cannot be read."""
+
+    name, side, max_bad = "rows", 4, 0.01
+
+    def __init__(self, bad: Iterable[int] = ()) -> None:
+        self.bad = set(bad)
+
+    def read(self, row: int) -> np.ndarray:
+        if row in self.bad:
+            msg = "bad"
+            raise DataError(msg)
+        return np.full((4, 4, 3), row % 251, np.uint8)
+
+    def gone(self, row: int) -> bool:
+        return row < 0
+
+
+class Hooked(fakes.MeanColour):
+    """Does something before its fifth batch."""
+
+    def __init__(self, hook: Callable[[], object]) -> None:
+        super().__init__()
+        self.hook, self.batches = hook, 0
+
+    def encode(self, images: Any) -> Any:
+        self.batches += 1
+        if self.batches == 5:
+            self.hook()
+        return super().encode(images)
+
+
+@pytest.mark.parametrize("root", ["store", "store.zarr"])
+def test_one_that_lost_its_lease_touches_nothing_of_its_successor(
+    tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "HEARTBEAT_S", 0)
+    store, tiles = Store(tmp_path / root), make_tiles(1000)
+    key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, fakes.MeanColour.id)
+
+    def taken_over() -> None:
+        store.place.remove(lease_name(store.features.name(key)))
+        successor = Embedder(fakes.MeanColour(), store, device="cpu", batch=64)
+        successor.fill(Plain(), tiles, key, silent)
+
+    sleeper = Embedder(Hooked(taken_over), store, device="cpu", batch=32)
+    with pytest.raises(BusyError, match="taken this over"):
+        sleeper.fill(Plain(range(300, 1000)), tiles, key, silent)  # its disk is gone, too
+    assert store.features.verify(key) == key
+    assert not store.features[key].status.any()
+    assert np.array_equal(store.features[key].values[:, 0], np.arange(1000) % 251)
+
+
+@pytest.mark.parametrize("root", ["store", "store.zarr"])
+def test_unreadable_rows_that_are_read_again_are_counted_once(
+    tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zarr_writer, "CHUNK_ROWS", 128)
+    store, tiles = Store(tmp_path / root), make_tiles(1000)
+    key = Key(tiles.item, tiles.slide_mpp, tiles.spec.digest, fakes.MeanColour.id)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    rows = Plain(range(116, 126))  # as many as are allowed
+    with pytest.raises(KeyboardInterrupt):
+        Embedder(Hooked(stop), store, device="cpu", batch=32).fill(rows, tiles, key, silent)
+    again = Embedder(fakes.MeanColour(), store, device="cpu", batch=100)  # from row 100 on
+    assert again.fill(rows, tiles, key, silent) == 900
+    assert store.features.shape(key) == ((3,), 10)
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/4", "1/4/2", ""])

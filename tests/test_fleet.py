@@ -238,3 +238,8 @@ def test_the_list_of_devices_is_checked(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert devices_of("cuda:all") == ["cuda:0", "cuda:1", "cuda:2"]
+
+
+def test_processes_that_share_no_memory_are_refused_a_store_in_it() -> None:
+    with pytest.raises(UsageError, match="share no memory"):
+        Fleet(fakes.MeanColour(), Store("memory://fleet"), devices=["cpu", "cpu"])

@@ -129,3 +129,30 @@ def test_a_heartbeat_ahead_of_the_clock_is_over_when_it_stands_still(
     assert not leases.lapsed(place, "e.lease")
     monkeypatch.setattr(leases.time, "monotonic", lambda: start + 2 * leases.LAPSE_S + 2)
     assert leases.lapsed(place, "e.lease")
+
+
+def test_a_lease_that_could_not_be_given_back_does_not_keep_its_own_process_out(
+    place: LocalPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, leases.lease(place, ENTRY):
+        patch.setattr(LocalPlace, "read", refuse)
+    assert place.exists(LEASE)
+    with leases.lease(place, ENTRY) as held:
+        assert held()
+
+
+def test_a_lease_that_cannot_be_read_now_is_somebodys(
+    place: LocalPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.write(LEASE, json.dumps({"machine": "elsewhere", "pid": 1}).encode())
+    before = time.time() - leases.BIRTH_S - 5
+    os.utime(place.path(LEASE), (before, before))
+    monkeypatch.setattr(LocalPlace, "read", refuse)
+    assert not leases.lapsed(place, LEASE)
+    with pytest.raises(BusyError, match="elsewhere"), leases.lease(place, ENTRY):
+        pass
+
+
+def refuse(*_: object) -> bytes:
+    msg = "away for a moment"
+    raise ResourceError(msg)

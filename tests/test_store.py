@@ -4,19 +4,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+from conftest import Run
 from entries import D, fill, make_tiles, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pathcli.errors import DataError, ResourceError
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.store import Store, upkeep
 from pathcli.store.entries import key_of
 from pathcli.store.files import part_path
 from pathcli.store.hdf5 import BLOCK_ROWS
+from pathcli.store.place import LocalPlace
 from pathcli.store.store import item_name
 from pathcli.types import Key
 
@@ -181,6 +184,78 @@ def test_a_store_opens_only_what_is_a_store(tmp_path: Path) -> None:
     (new / "store.json").write_text("garbage")
     with pytest.raises(DataError, match="damaged"):
         Store(new)
+
+
+def test_an_address_is_text_without_a_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="as text"):
+        Store(Path("s3://bucket/store"))  # has lost a slash
+    for pattern in ("memory://a*", "memory://a[bc]", "memory://a?"):
+        with pytest.raises(UsageError, match="without"):
+            Store(pattern)
+    assert not list(tmp_path.iterdir())
+
+
+def test_those_who_read_make_no_store_of_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="no store here"):  # as where nothing is mounted
+        Store(tmp_path, create=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_entry_without_features_is_broken_and_stops_no_check(store: Store) -> None:
+    key = fill(store, make_tiles(20))
+    with h5py.File(store.features.path(key), "r+") as file:
+        file.move("features", "gone")
+    assert [f.state for f in upkeep.verify(store)] == ["broken"]
+
+
+@pytest.mark.parametrize("array", ["features", "coords"])
+@pytest.mark.parametrize(
+    "told",
+    [{"shape": []}, {"shape": [None, D]}, {"shape": [-1, D]}, {"data_type": []}, {"grid": 0}, None],
+)
+def test_nonsense_in_the_metadata_is_a_broken_entry(
+    tmp_path: Path, array: str, told: dict[str, Any] | None
+) -> None:
+    store = Store(tmp_path / "s.zarr")
+    key = fill(store, make_tiles(20))
+    path = store.features.path(key) / "zarr.json"
+    group = json.loads(path.read_text())
+    arrays = group["consolidated_metadata"]["metadata"]
+    if told is None:
+        del arrays[array]
+    elif "grid" in told:
+        arrays[array]["chunk_grid"]["configuration"]["chunk_shape"][0] = 0
+    else:
+        arrays[array] |= told
+    path.write_text(json.dumps(group))
+    for read in (store.features.__getitem__, store.features.mapped, store.features.verify):
+        with pytest.raises(DataError, match="damaged"):
+            read(key)
+    assert [f.state for f in upkeep.verify(store)] == ["broken"]
+
+
+def test_a_lease_given_back_while_it_is_looked_at_stops_no_check(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = make_tiles(20)
+    with pytest.raises(KeyboardInterrupt):
+        fill(store, tiles, 5, 10)
+    there = LocalPlace.exists
+    monkeypatch.setattr(LocalPlace, "exists", lambda s, n: n.endswith(".lease") or there(s, n))
+    assert {f.state for f in upkeep.verify(store)} == {"pending"}
+
+
+def test_what_is_known_of_one_item_reads_no_other_card(store: Store, run: Run) -> None:
+    for item in ("a-00000000", "b-00000000"):
+        store.place.write(f"slides/{item}.json", b'{"item": "%b"}' % item.encode())
+    store.place.write("slides/b-00000000.json", b"{")
+    code, out, err = run("store", "info", "a-00000000", "--store", store.root, "--json")
+    assert (code, json.loads(out)["item"], err) == (0, "a-00000000", "")
+    assert run("store", "info", "b-00000000", "--store", store.root)[0] == 4
+    assert "a-00000000" in run("store", "info", "a-0000000", "--store", store.root)[2]
 
 
 def test_a_run_killed_just_before_publishing_is_only_published(store: Store) -> None:

@@ -114,7 +114,7 @@ def embed(
         done = _embed_all(mine, ready, _tiling(slide_mpp, roi, tiling), out, listed)
     rows = [row_of(r) | features_of(r) for r in done.results]
     if done.results and not json:
-        show.say(f"features are in {kept.root}; see: pathcli store info ITEM")
+        show.say(f"features are in {kept.root}; see: pathcli store list --store {kept.root}")
     finish(done, rows, as_json=json, out=out)
 
 
@@ -124,13 +124,17 @@ def _slides(named: list[str], roi: Path | None, shard: str | None) -> list[Found
     Raises:
         UsageError: there are none, or not one region for each of all.
     """
+    from pathcli.cli import show  # noqa: PLC0415
     from pathcli.slides.discovery import discover  # noqa: PLC0415
     from pathcli.slides.roi import check_rois  # noqa: PLC0415
 
     found = discover(named)
     if roi:
         check_rois(roi, [slide.path for slide in found])
-    return o.shard_of(shard, found)
+    mine = o.shard_of(shard, found)
+    if not mine:
+        show.say(f"--shard {shard}: none of the {len(found)} slides is in this part")
+    return mine
 
 
 def _tiling(

@@ -21,7 +21,7 @@ app.command("import")(import_)
 
 @app.callback()
 def root() -> None:
-    """List, check and clean the feature store."""
+    """List, check, clean, export and import features."""
 
 
 @app.command("list")
@@ -48,7 +48,8 @@ def list_entries(store: o.StoreRoot = None, json: o.Json = False) -> None:
     elif rows:
         show.table(rows)
     else:
-        show.say(f"{opened.root}: nothing here yet; run: pathcli embed SLIDE")
+        root = opened.root
+        show.say(f"{root}: nothing here yet; run: pathcli embed SLIDES --store {root}")
 
 
 @app.command()
@@ -93,14 +94,21 @@ def _summary(store: Store) -> dict[str, Any]:
 
 
 def _item(store: Store, item: str) -> dict[str, Any]:
+    from json import loads  # noqa: PLC0415
+
     from pathcli.errors import DataError  # noqa: PLC0415
     from pathcli.registry import did_you_mean  # noqa: PLC0415
 
-    cards = store.slides()
+    names = store.place.glob("slides/*.json")
+    cards = {name.removeprefix("slides/").removesuffix(".json"): name for name in names}
     if item not in cards:
         msg = f"the store has no item {item!r}: {did_you_mean(item, list(cards)[:20])}"
         raise DataError(msg)
-    value = dict(cards[item])
+    try:
+        value = dict(loads(store.place.read(cards[item])))
+    except (ValueError, TypeError) as error:
+        msg = f"{store.root}/{cards[item]}: damaged ({error}); run: pathcli store verify"
+        raise DataError(msg) from error
     for key in store.tiles:
         if key.item == item:
             tiles = store.tiles[key]

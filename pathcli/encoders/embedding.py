@@ -23,10 +23,11 @@ from pathcli.slides.readers import open_slide, slide_mpp
 from pathcli.slides.roi import Roi, read_roi
 from pathcli.slides.tiling import TileRun, refuse_if_bad, summary, tile_slide
 from pathcli.store import Store
+from pathcli.store.lease import HEARTBEAT_S
 from pathcli.types import Encoder, Key, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
 
@@ -275,21 +276,24 @@ class Embedder:
             if reader is None or reader.first != first:
                 reader = self._reader(rows, n, first)
             with writer, closing(reader):
-                self._fill(reader, writer, progress)
-                if not held():
-                    msg = f"{rows.name}: another process has taken this over meanwhile"
-                    raise BusyError(msg)
+                self._fill(reader, writer, progress, held)
+                _require(held, rows)
         return n - first
 
-    def _fill(self, reader: Reader, writer: Writer, progress: Progress) -> None:
-        """Encode what the reader gives."""
+    def _fill(
+        self, reader: Reader, writer: Writer, progress: Progress, held: Callable[[], bool]
+    ) -> None:
+        """Encode what the reader gives; stop where the lease is found to be another's."""
         start, rows, n = time.perf_counter(), reader.rows, reader.n
-        bad = writer.resumed_bad
         progress(reader.first, n)
         if reader.first < n:
             writer.begin(reader.first)
+        bad, asked = writer.resumed_bad, time.time()
         with Writing(writer) as writing:
             for batch in reader:
+                if abs(time.time() - asked) >= HEARTBEAT_S:  # this machine may have slept
+                    _require(held, rows)
+                    asked = time.time()
                 bad += batch.bad
                 try:
                     refuse_if_bad(rows.name, bad, n, rows.max_bad)
@@ -350,6 +354,12 @@ class Embedder:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             msg = f"{self.encoder.name} cannot be compiled here ({line}); leave --compile out"
             raise ResourceError(msg) from error
+
+
+def _require(held: Callable[[], bool], rows: Rows) -> None:
+    if not held():
+        msg = f"{rows.name}: another process has taken this over meanwhile"
+        raise BusyError(msg)
 
 
 def embed(

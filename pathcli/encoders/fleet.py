@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pathcli.device import pick_device
 from pathcli.encoders.embedding import Embedder, EmbedRun
 from pathcli.errors import BusyError, ResourceError, UsageError
+from pathcli.slides.readers import public_name
 from pathcli.store import Store
 from pathcli.store.turns import Turns
 
@@ -85,8 +86,15 @@ class Crew:
     """
 
     def __init__(self, encoder: Encoder, store: Store | None = None) -> None:
-        """Keep what all have in common."""
+        """Keep what all have in common.
+
+        Raises:
+            UsageError: a store that no other process can see.
+        """
         self.encoder, self.store = encoder, store or Store()
+        if str(self.store.root).startswith("memory:"):
+            msg = f"{self.store.root}: several processes share no memory; give another --store"
+            raise UsageError(msg)
         self._turns: Turns[tuple[Known, Future[EmbedRun]]] = Turns()
         self._begun: list[tuple[Known, Future[EmbedRun]]] = []
         self._hands: set[Hand] = set()
@@ -118,7 +126,7 @@ class Crew:
         known = (str(path), how)
         place = next((i for i, (job, _) in enumerate(self._begun) if job == known), None)
         if place is None:
-            msg = f"{path}: tell by `expect` what will be asked for"
+            msg = f"{public_name(path)}: tell by `expect` what will be asked for"
             raise UsageError(msg)
         _, future = self._begun.pop(place)
         while not wait([future], LOOK_S).done:
@@ -259,7 +267,8 @@ class Child:
         try:
             return self._pool.submit(_embed, job, after).result()
         except BrokenProcessPool as error:
-            msg = f"{job[0]}: the process on {self.device} died, for want of memory perhaps"
+            slide = public_name(job[0])
+            msg = f"{slide}: the process on {self.device} died, for want of memory perhaps"
             raise LostError(msg) from error
 
     def close(self) -> None:
@@ -273,12 +282,12 @@ class Child:
 def _begin(encoder: Encoder, root: Path | str, how: dict[str, Any], share: int, level: int) -> None:
     """Make this process's embedder, on its part of the cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _leave)
     import torch  # noqa: PLC0415
 
     logging.getLogger("pathcli").setLevel(level)
     torch.set_num_threads(max(1, torch.get_num_threads() // share))
     _here[:] = [Embedder(encoder, Store(root), **how)]
+    signal.signal(signal.SIGTERM, _leave)  # up to here there is no lease, and nothing to say
 
 
 def _leave(*_: object) -> None:

@@ -23,6 +23,7 @@ import pathcli
 from pathcli.device import share_cores
 from pathcli.encoders.fleet import LOOK_S, Crew, Known, LostError
 from pathcli.errors import ResourceError, UsageError
+from pathcli.slides.readers import public_name
 from pathcli.store import Store
 
 if TYPE_CHECKING:
@@ -194,7 +195,8 @@ class _Hand:
         try:
             run: EmbedRun = self.ask("embed", job, after)
         except LostError as error:
-            msg = f"{job[0]}: {RETRIES + 1} workers died with it, for want of memory perhaps"
+            slide = public_name(job[0])
+            msg = f"{slide}: {RETRIES + 1} workers died with it, for want of memory perhaps"
             raise LostError(msg) from error
         return run
 

@@ -25,7 +25,8 @@ V = TypeVar("V", Tiles, Features)
 class Writer(Protocol):
     """Fills one features entry in order, from where the last run stopped.
 
-    `resumed` rows are already safe, `resumed_bad` of them unreadable. Leaving the block without
+    `resumed` rows are already safe, `resumed_bad` of them (from `begin` on: of those before its
+    row) unreadable. Leaving the block without
     an error publishes the entry; with an error what was written stays to be resumed.
     """
 

@@ -88,8 +88,9 @@ def _reading(path: Path) -> Iterator[h5py.File]:
 
 
 def _read_tile_part(file: h5py.File, status: Any) -> Tiles:  # noqa: ANN401 - h5py is untyped
-    xy = file["coords"][:]
-    if zlib.crc32(xy.tobytes()) != file["coords"].attrs["crc32"]:
+    coords = file["coords"]
+    xy = coords[:]
+    if zlib.crc32(xy) != coords.attrs["crc32"]:
         raise damaged(file.filename, "coords do not match their checksum")
     return tiles_of(file.attrs, xy, status)
 
@@ -166,9 +167,9 @@ def verify_features(path: Path) -> Key:
     torn = nan = 0
     with _reading(path) as file:
         tiles = _read_tile_part(file, file["status"][:])
-        blocks = _blocks(len(tiles))
+        blocks, names = _blocks(len(tiles)), ("features", *({"scales"} & {*file}))
         for crc, rows in zip(file["block_crc32"][:], blocks, strict=True):
-            kept = [file[name][rows] for name in ("features", "scales") if name in file]
+            kept = [file[name][rows] for name in names]
             status, values = tiles.status[rows], kept[-1]
             missing = np.isnan(values).any(axis=tuple(range(1, values.ndim)))
             whole = crc == _crc(*kept, status)
@@ -286,6 +287,8 @@ class FeatureWriter:
         blank = bytes(4 * (len(_blocks(self.n)) - block))
         self._put("block_crc32", 4 * block, blank)
         self._filled = row
+        self._file.seek(self._at["status"])
+        self.resumed_bad = row - self._file.read(row).count(TileStatus.OK)
 
     def write(self, values: Any, status: Any) -> None:  # noqa: ANN401 - arrays
         """Append float16 rows [k, *row_shape] and their status uint8 [k].

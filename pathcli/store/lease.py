@@ -58,8 +58,6 @@ def _me() -> dict[str, Any]:
 
 def _alive(owner: dict[str, Any]) -> bool:
     """Tell whether the owning process runs; a number used again is another process."""
-    if os.name != "posix":
-        return True
     try:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:
@@ -78,11 +76,19 @@ def _started(pid: int) -> str:
     return "dead" if fields[0] in {"Z", "X"} else fields[19]
 
 
+_SOMEBODY = {"machine": "elsewhere", "pid": "?"}
+"""The owner of a lease that cannot be read now: that is no sign of death."""
+_holding: set[str] = set()
+"""What this process holds; a lease of it that is not among them could not be given back."""
+
+
 def _read(place: Place, name: str) -> dict[str, Any]:
     try:
         owner = json.loads(place.read(name))
-    except (OSError, ValueError, PathcliError):
+    except (FileNotFoundError, ValueError):
         return {}
+    except (OSError, PathcliError):
+        return _SOMEBODY
     return owner if isinstance(owner, dict) else {}
 
 
@@ -97,8 +103,10 @@ def lapsed(place: Place, name: str) -> bool:
     differ, its time alone may never be old.
     """
     owner = _read(place, name)
-    if owner.get("machine") == _machine() and isinstance(owner.get("pid"), int):
-        return not _alive(owner)
+    here = os.name == "posix" and owner.get("machine") == _machine()
+    if here and isinstance(owner.get("pid"), int):
+        mine = owner["pid"] == os.getpid()
+        return not _alive(owner) or (mine and owner.get("holding") not in _holding)
     try:
         beat = place.stat(name).mtime
     except FileNotFoundError:
@@ -133,6 +141,7 @@ def _clear(place: Place, name: str) -> None:
 def _take(place: Place, name: str) -> dict[str, Any]:
     """Create the lease file, taking it over when its owner is gone; return what it says."""
     me = _me()
+    _holding.add(me["holding"])
     deadline = time.monotonic() + 2 * BIRTH_S
     while True:
         try:
@@ -149,7 +158,8 @@ def _take(place: Place, name: str) -> dict[str, Any]:
                 time.sleep(BIRTH_S / 50)
         else:
             return me
-    host = str(owner.get("machine", "another machine")).split(" ", maxsplit=1)[0]
+    _holding.discard(me["holding"])
+    host = str(owner.get("machine", "elsewhere")).split(" ", maxsplit=1)[0]
     msg = (
         f"{name.rpartition('/')[2].removesuffix('.lease')}: being written by process "
         f"{owner.get('pid')} on {host}; run the same command again when it has finished"
@@ -193,3 +203,5 @@ def lease(place: Place, name: str) -> Iterator[Callable[[], bool]]:
                 place.remove(held_by)
         except (OSError, PathcliError) as error:
             log.debug("%s: a lease that lapses by itself was left (%s)", held_by, error)
+        finally:
+            _holding.discard(mine["holding"])

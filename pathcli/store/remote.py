@@ -31,15 +31,15 @@ class RemotePlace:
         """Take an address; nothing is asked of it yet.
 
         Raises:
-            UsageError: no address of a store, or one with a password in it.
+            UsageError: no address of a store, or one with a password or a pattern in it.
             ResourceError: its package is not installed.
         """
         self.root = url.rstrip("/")
         scheme, _, rest = self.root.partition("://")
-        if not rest or "@" in rest.partition("/")[0] or "?" in rest:
+        if not rest or "@" in rest.partition("/")[0] or set(rest) & set("?*["):  # fsspec's own
             msg = (
-                f"{scheme}://...: a store's address is as s3://bucket/folder, and who may use it "
-                "stands in the environment; give another --store"
+                f"{scheme}://...: a store's address is as s3://bucket/folder, without * ? [, and "
+                "who may use it stands in the environment; give another --store"
             )
             raise UsageError(msg)
         self.scheme = scheme

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from pathcli.errors import DataError, ResourceError
+from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.store.entries import FeatureEntries, TileEntries
 from pathcli.store.hdf5 import Hdf5
 from pathcli.store.place import PROBE, LocalPlace
@@ -52,6 +52,9 @@ class Store:
             ResourceError: it cannot be created or read, or with `create` off is not there.
         """
         named = str(root or default_root())
+        if isinstance(root, Path) and re.match(r"\w{2,}:/", named):
+            msg = f"{named}: an address is to be given as text; a path has lost one of its slashes"
+            raise UsageError(msg)
         self.place: Place
         self.root: Path | str
         if "://" in named:
@@ -88,8 +91,8 @@ class Store:
     def _begin(self, *, create: bool) -> None:
         """Make a store where there is none yet."""
         self._require_empty()
-        if not create and not (isinstance(self.place, LocalPlace) and self.place.folder.is_dir()):
-            msg = f"{self.root}: no store here"
+        if not create:
+            msg = f"{self.root}: no store here; give another --store (pathcli embed makes one)"
             raise ResourceError(msg) from None
         self.place.write(MARKER, json.dumps({"format": FORMAT}).encode() + b"\n")
 
@@ -101,7 +104,7 @@ class Store:
         there = self.place.names()
         known = all(name.startswith((MARKER, PROBE)) for name in there)
         if not known and not self.place.exists(MARKER):  # another process may have made it
-            msg = f"{self.root}: not a store, and not empty; give an empty folder as --store"
+            msg = f"{self.root}: not a store, and not empty; give a store or an empty folder"
             raise DataError(msg) from None
 
     def remember(self, info: SlideInfo, path: Path | str, mpp: float, source: str) -> None:

@@ -194,7 +194,10 @@ def _temporary(store: Store, unit: Unit) -> Iterator[Finding]:
     place, entry = store.place, _entry_name(unit)
     holder = lease_name(entry)
     guarded = unit.kind != "probe" and not _OF_ONE_PROCESS.search(unit.name)
-    times = [place.stat(name).mtime for name in {unit.name, holder} if place.exists(name)]
+    times = []
+    for name in {unit.name, holder}:
+        with suppress(FileNotFoundError):  # gone meanwhile
+            times += [place.stat(name).mtime] if place.exists(name) else []
     times += [unit.time] if unit.kind == "unfinished" else []
     finished = place.exists(entry + store.backend.marker)
     if not times or (finished and unit.kind == "unfinished"):

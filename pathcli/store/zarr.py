@@ -119,7 +119,9 @@ class Zarr:
         """
         group = Group(self.place, name)
         tiles = group.tiles()
-        kept = [group.rows(each) for each in ("features", "scales") if each in group.arrays]
+        kept = [group.rows(each) for each in ("features", *({"scales"} & {*group.arrays}))]
+        if any(len(each) != len(tiles) for each in kept):
+            raise damaged(group.where, "other rows than tiles")
         torn = nan = 0
         chunks = kept[0].array.chunks
         for rows in chunks:
@@ -129,8 +131,6 @@ class Zarr:
                 torn += 1
                 continue
             nan += not np.array_equal(missing(parts[-1]), tiles.status[rows] != TileStatus.OK)
-        if any(len(each) != len(tiles) for each in kept):
-            raise damaged(group.where, "other rows than tiles")
         if torn or nan:
             raise damaged(group.where, block_faults(torn, nan, len(chunks)))
         return key_in(group.attrs, tiles)

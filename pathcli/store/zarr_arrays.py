@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -46,12 +47,14 @@ class Array:
         Raises:
             KeyError, ValueError, TypeError: it is not laid out as this module does.
         """
-        shape, grid = tuple(meta["shape"]), meta["chunk_grid"]["configuration"]["chunk_shape"]
-        codecs = [codec["name"] for codec in meta["codecs"]]
-        if codecs != ["bytes", "crc32c"] or tuple(grid[1:]) != shape[1:]:
-            msg = f"{name}: codecs {codecs}, chunks {grid}"
+        shape = tuple(map(index, meta["shape"]))
+        grid = tuple(map(index, meta["chunk_grid"]["configuration"]["chunk_shape"]))
+        codecs, kind = [codec["name"] for codec in meta["codecs"]], str(meta["data_type"])
+        whole = len(shape) == len(grid) > 0 and grid[1:] == shape[1:]
+        if codecs != ["bytes", "crc32c"] or not whole or min(*shape, grid[0] - 1) < 0:
+            msg = f"{name}: codecs {codecs}, {shape} in chunks of {grid}"
             raise ValueError(msg)
-        return cls(name, shape, str(np.dtype(meta["data_type"]).newbyteorder("<")), int(grid[0]))
+        return cls(name, shape, str(np.dtype(kind).newbyteorder("<")), grid[0])
 
     @property
     def chunks(self) -> list[slice]:

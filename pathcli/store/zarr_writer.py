@@ -91,6 +91,7 @@ class ZarrWriter:
     def begin(self, row: int) -> None:
         """Declare that writing starts at `row` (at most `resumed`, and not past the last)."""
         self._filled = row
+        self.resumed_bad = int((self._status[:row] != TileStatus.OK).sum())
         self._block = []
         array = next(iter(self._arrays.values()))
         start = row // array.rows * array.rows
