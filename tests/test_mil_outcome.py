@@ -226,6 +226,10 @@ def test_a_spreadsheet_gives_what_its_text_gives(tmp_path: Path) -> None:
                 "('2'); column 'months': empty in line 5"
             ),
         ),
+        (
+            [("p", "a", 1, "True"), ("q", "b", 2, "")],
+            "neither 1 (event) nor 0 (censored) in line 2 ('True'); column 'dead': empty in line 3",
+        ),
         ([("p", "a", 1, 0), ("q", "b", 2, 0)], "column 'dead' has no event (1)"),
         (
             [("p", "a", 1, 1), ("p", "b", 2, 1)],

@@ -19,7 +19,7 @@ from pathcli.evals.mil_outcome import asks_for_outcome, outcome_eval, runs_of
 from pathcli.evals.mil_outcome_report import outcome_report, outcome_rows, write_outcomes
 from pathcli.evals.mil_outcome_scores import measure_outcomes, risk_groups
 from pathcli.metrics.regression import mae
-from pathcli.metrics.survival import c_index, logrank
+from pathcli.metrics.survival import c_index, integrated_brier, logrank
 from pathcli.mil.outcome_task import run_outcome
 from pathcli.mil.predict import Predictor
 from pathcli.runs import read_run, train
@@ -104,6 +104,42 @@ def test_survival_is_measured_and_two_ways_to_learn_it_are_compared(home: Path) 
     assert pair["heads"] == "abmil cox - abmil hazards"
     assert 0 < pair["p"] <= 1
     assert any("test patients have an event" in text for text in found.warnings)
+
+
+def test_what_a_run_knows_of_survival_is_of_its_train_part_alone(home: Path) -> None:
+    for scores in evaluate(home, "survival").heads:
+        known = scores.tested[0].run
+        part, fit = known.facts["split"]["train"], known.facts["outcome"]
+        rows = [row for row in lines(home / "t.csv") if row["slide_id"] in part]
+        died = sorted({float(row["months"]) for row in rows if row["dead"] == "1"})
+        assert fit["events"] == len([row for row in rows if row["dead"] == "1"])
+        assert fit["last"] == max(float(row["months"]) for row in rows)
+        assert fit["grid"][-1] == pytest.approx(np.quantile(died, 0.8))
+        if "baseline" in fit:
+            assert fit["baseline"]["times"] == died
+        else:
+            assert fit["edges"] == pytest.approx(np.quantile(died, [0.25, 0.5, 0.75]))
+
+
+def test_curves_are_judged_as_long_as_patients_are_followed(home: Path, tmp_path: Path) -> None:
+    rows = lines(home / "external.csv")
+    for row in rows:
+        dead = row["dead"] == "1" and float(row["months"]) < 12
+        row |= {"months": str(min(float(row["months"]), 12)), "dead": str(int(dead))}
+    table = write(tmp_path / "short.csv", rows[0], (row.values() for row in rows))
+    found = evaluate(home, "survival", str(table))
+    told = "test patients are followed up to 12 months: integrated_brier ends there"
+    assert found.warnings.count(told) == 1
+    for scores in found.heads:
+        (t,) = runs_of(scores)
+        grid = np.array(run_outcome(t.run)[1]["grid"])
+        inside = grid < 12
+        assert not inside.all()
+        times, events = t.targets[:, 0], t.targets[:, 1] > 0
+        wanted = integrated_brier(times, events, t.curves[:, inside], grid[inside])
+        numbers = measure_outcomes(found, 20).heads[scores.name]["integrated_brier"]
+        assert numbers.interval.value == pytest.approx(wanted)
+    assert not any("ends there" in text for text in evaluate(home, "survival").warnings)
 
 
 def test_patients_and_not_slides_are_drawn_anew(home: Path, store: Store, tmp_path: Path) -> None:

@@ -179,3 +179,21 @@ def test_the_integrated_brier_score_is_the_mean_over_time() -> None:
     assert np.isnan(integrated_brier(times, events, survival[:, :1], when[:1]))
     with pytest.raises(DataError, match=r"in 0\.\.1"):
         brier(times, events, survival + 1, when)
+
+
+def test_curves_are_not_judged_where_nobody_is_followed() -> None:
+    rng = np.random.default_rng(0)
+    lived, lost = rng.exponential(20, 4000), rng.uniform(0, 6, 4000)
+    times, events = np.minimum(lived, lost), lived <= lost
+    when = np.linspace(0, 32, 51)
+    survival = np.tile(np.exp(-when / 20), (4000, 1))
+    scores = brier(times, events, survival, when)
+    np.testing.assert_array_equal(np.isnan(scores), when >= times.max())
+    inside = when < 6
+    truth = ((survival - (lived[:, None] > when)) ** 2)[:, inside].mean()
+    assert integrated_brier(times, events, survival, when) == pytest.approx(truth, abs=0.01)
+    # all have died by then: the rest is known
+    ended = brier(np.array([1.0, 2]), np.ones(2, bool), np.ones((2, 2)), np.array([1.0, 9]))
+    np.testing.assert_allclose(ended, [0.5, 1])
+    nothing = integrated_brier(times, events, survival[:, :2], np.zeros(2))
+    assert np.isnan(nothing)

@@ -283,4 +283,16 @@ def _warned(scores: Scores) -> Scores:
         events = min(int(t.targets[:, 1].sum()) for t in tested)
         if events < FEW_EVENTS:
             warnings.append(f"only {events} test patients have an event: C is coarse")
+        warnings += dict.fromkeys(filter(None, map(_shorter, tested)))
     return replace(scores, warnings=(*scores.warnings, *warnings))
+
+
+def _shorter(t: OutcomeTested) -> str:
+    """Return what to say where test patients are not followed as long as curves are judged."""
+    outcome, fit = run_outcome(t.run)
+    times, lost = t.targets[:, 0], t.targets[:, 1] == 0
+    followed = times.max()
+    if followed > fit["grid"][-1] or not lost[times == followed].any():
+        return ""
+    unit = f" {outcome.unit}" * bool(outcome.unit)
+    return f"test patients are followed up to {followed:g}{unit}: integrated_brier ends there"

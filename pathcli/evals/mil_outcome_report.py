@@ -190,7 +190,8 @@ def _how_made(found: OutcomeEvaluation) -> list[str]:
         "c_index is Harrell's: the share of comparable pairs whose higher risk had the event "
         "first; 0.5 is blind. integrated_brier is the squared distance of the survival curves from "
         "what happened, weighted for censoring, up to the time by which 80 % of the train part's "
-        "events had come; lower is better, and blind is the train part's Kaplan-Meier curve."
+        "events had come, or until which test patients are followed; lower is better, and blind is "
+        "the train part's Kaplan-Meier curve."
     )
     return [*text, about]
 

@@ -182,7 +182,8 @@ def brier(times: Floats, events: Bools, survival: Floats, when: Floats) -> Array
     Graf et al. 1999: the squared distance of the predicted survival from 0 (the event came) or
     1 (not yet); who was censored before is left out, and the others weigh more for it, by the
     inverse chance of still being followed, which is the Kaplan-Meier curve of censoring among
-    these patients (an event at the same time comes first). Lower is better.
+    these patients (an event at the same time comes first). Lower is better; nan from the time
+    on at which nobody is followed any more, unless the last of them had the event.
 
     Raises:
         DataError: see `check_times`; or survival of another shape or outside 0..1.
@@ -200,7 +201,10 @@ def brier(times: Floats, events: Bools, survival: Floats, when: Floats) -> Array
     weight = came / followed.before(times)[:, None] + not_yet / np.where(
         not_yet.any(0), followed.at(when), 1.0
     )
-    return np.asarray((weight * (survival - not_yet) ** 2).mean(0))
+    scores = np.asarray((weight * (survival - not_yet) ** 2).mean(0))
+    if followed.survival[-1] == 0:  # the last were lost: whether the event came is not known
+        scores[~not_yet.any(0)] = np.nan
+    return scores
 
 
 def _censoring(times: Floats, events: Bools) -> Curve:
@@ -216,12 +220,16 @@ def _censoring(times: Floats, events: Bools) -> Curve:
 def integrated_brier(times: Floats, events: Bools, survival: Floats, when: Floats) -> float:
     """Return the mean of `brier` over the times of `when`, by the trapezium rule.
 
-    nan without patients or with fewer than two times.
+    Times at which it is nan, the last ones, are left out. nan without patients, or with fewer
+    than two times that differ.
 
     Raises:
         DataError: see `brier`.
     """
-    if len(when) < _TWO or not len(times):
+    if not len(times):
         return float("nan")
     scores = brier(times, events, survival, when)
+    scores, when = scores[np.isfinite(scores)], when[np.isfinite(scores)]
+    if len(when) < _TWO or when[-1] == when[0]:
+        return float("nan")
     return float(((scores[1:] + scores[:-1]) / 2 * np.diff(when)).sum() / (when[-1] - when[0]))

@@ -118,7 +118,12 @@ def time(text: str) -> float:
 
 def event(text: str) -> float:
     """Return 1 for an event, 0 for a censored patient; ValueError with the reason else."""
-    found = number(text)
+    try:
+        found = number(text)
+    except ValueError:
+        if not text:
+            raise
+        found = math.nan
     if found not in {0, 1}:
         reason = "neither 1 (event) nor 0 (censored)"
         raise ValueError(reason)

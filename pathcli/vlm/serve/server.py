@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 import signal
 import socket
 from contextlib import suppress
@@ -79,6 +80,11 @@ def address(bound: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
+def _name(host: str) -> str:
+    """Return what a header Host names: `request.url` takes this machine where it is odd."""
+    return re.sub(r":\d*$", "", host).removeprefix("[").removesuffix("]").lower()
+
+
 class Guard:
     """Lets those in who know the token, or, where there is none, those who mean this machine.
 
@@ -107,8 +113,8 @@ class Guard:
                 why = "no such token; send the server's as: Authorization: Bearer TOKEN"
                 ask = {"WWW-Authenticate": "Bearer"}
                 raise RefusedError(why, status=401, code="invalid_api_key", headers=ask)
-        elif not is_loopback(request.url.hostname or ""):
-            why = f"Host {request.url.hostname!r:.60} is not this machine; others need a token"
+        elif not is_loopback(_name(host := request.headers.get("host", ""))):
+            why = f"Host {host!r:.60} is not this machine; others need a token"
             raise RefusedError(why, status=403, code="wrong_host")
 
 
