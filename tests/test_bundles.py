@@ -241,7 +241,9 @@ def test_a_repository_without_a_card_is_bundled_by_its_address(go: Go, tmp_path:
     assert weights.find(Hub("org/name"))
 
 
-@pytest.mark.parametrize("place", ["/etc/x", "weights/../../x", "elsewhere/x", "hub\\..\\x"])
+@pytest.mark.parametrize(
+    "place", ["/etc/x", "weights/../../x", "elsewhere/x", "hub\\..\\x", "hub/C:x"]
+)
 def test_a_manifest_cannot_name_places_outside(made: Path, go: Go, place: str) -> None:
     path = made / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -317,3 +319,23 @@ def test_the_commands_print_what_they_did(go: Go, tmp_path: Path, run: Run) -> N
     code, _, err = run("models", "bundle", "--out", "c")
     assert code == 2
     assert "give NAMES, or --recipe" in err
+
+
+@pytest.mark.parametrize(
+    "place", ["hub/models--org--other/refs/main", "weights/wheels/tiny-1/w.pth"]
+)
+def test_a_model_brings_its_own_files_and_no_others(made: Path, go: Go, place: str) -> None:
+    (made / place).parent.mkdir(parents=True, exist_ok=True)
+    (made / place).write_bytes(b"other")
+    path = made / "manifest.json"
+    manifest = json.loads(path.read_text())
+    told = {"path": place, "bytes": 5, "sha256": hashlib.sha256(b"other").hexdigest()}
+    manifest["models"][0]["files"] = [told]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=f"{place} is not a file of tiny; nothing was unpacked"):
+        bundles.unpack(made)
+    assert not go("offline").exists()
+    told["bytes"] = "many"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="damaged; copy the bundle again"):
+        bundles.unpack(made)

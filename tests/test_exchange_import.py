@@ -157,7 +157,7 @@ def test_a_slide_of_lazyslide_comes_with_its_parquet(store: Store, tmp_path: Pat
 
     folder = tmp_path / "s1.zarr"
     root = zarr.open_group(folder, mode="w", zarr_format=2)
-    spec = {"width": 256, "stride_width": 256, "mpp": 0.5, "base_width": 512}
+    spec = {"width": 256, "stride_width": 256, "mpp": 0.5, "base_downsample": 2.0}
     root.attrs["tile_spec"] = {"tiles": spec}
     for name in ("shapes/tiles", "tables"):
         root.create_group(name)

@@ -217,7 +217,7 @@ def test_a_store_of_another_user_is_read_and_not_written(
         assert states(run, store) == before
         told = the_error(run("embed", slide, "--encoder", ENCODER, "--store", store), 5)
         assert "no permission to write" in told
-        told = the_error(run("embed", slide, "--store", open_folder / "new"), 5)
+        told = the_error(run("tile", slide, "--store", open_folder / "new"), 5)
         assert "no permission to write" in told
     entry.chmod(0)
     if ROOT:

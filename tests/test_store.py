@@ -190,8 +190,9 @@ def test_an_address_is_text_without_a_pattern(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="as text"):
-        Store(Path("s3://bucket/store"))  # has lost a slash
+    for lost in (Path("s3://bucket/store"), "s3:/bucket/store"):
+        with pytest.raises(UsageError, match="two slashes"):
+            Store(lost)
     for pattern in ("memory://a*", "memory://a[bc]", "memory://a?"):
         with pytest.raises(UsageError, match="without"):
             Store(pattern)
@@ -282,3 +283,27 @@ def test_a_new_store_may_be_opened_by_many_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", OPENER, str(tmp_path)]
     children = [subprocess.Popen(command) for _ in range(4)]
     assert [child.wait() for child in children] == [0, 0, 0, 0]
+
+
+def test_a_store_is_what_it_says_wherever_it_was_copied(tmp_path: Path) -> None:
+    for kind, made, copied in (("hdf5", "a", "b.zarr"), ("zarr", "c.zarr", "d")):
+        Store(tmp_path / made)
+        (tmp_path / made).rename(tmp_path / copied)
+        opened = Store(tmp_path / copied, create=False)
+        assert type(opened.backend).__name__.lower() == kind
+    (tmp_path / "b.zarr" / "store.json").write_text('{"format": 1}')  # before it said so
+    assert type(Store(tmp_path / "b.zarr").backend).__name__ == "Zarr"
+    (tmp_path / "d" / "store.json").write_text('{"format": 1, "entries": "parquet"}')
+    with pytest.raises(DataError, match="update pathcli"):
+        Store(tmp_path / "d")
+
+
+def test_what_may_not_be_read_is_not_called_empty(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: object) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathcli.store.place.os.listdir", refuse)
+    with pytest.raises(ResourceError, match="Permission denied"):
+        list(store.features)

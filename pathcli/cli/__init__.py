@@ -32,7 +32,7 @@ COMMANDS = {
     "serve": "Answer questions about images over HTTP, as OpenAI's endpoints do.",
     "predict": "Say what a trained run makes of slides, and where it looked.",
     "data": "Make, clean, convert, check and review data to train on.",
-    "store": "List, check and clean the feature store.",
+    "store": "List, check, clean, export and import features.",
     "models": "List, describe, fetch and bundle downloads, and convert published models.",
     "doctor": "Say what works on this machine, and what to do about the rest.",
     "demo": "Take one slide all the way: tiles, features, a map, a report.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from pathcli.slides.discovery import Found
     from pathcli.store import Store
     from pathcli.types import TileSpec
+
+log = logging.getLogger("pathcli")
 
 Slides = Annotated[
     list[str],
@@ -184,6 +187,8 @@ def open_store(root: Path | str | None, *, create: bool = True) -> Store:
     """Open the store an option names; commands that only read do not make one."""
     from pathcli.store import Store  # noqa: PLC0415
 
+    if str(root).startswith("memory://"):
+        log.warning("%s ends with this command; a folder or s3:// lasts", root)
     return Store(root, create=create or root is None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as js
+import re
 import shlex
 from functools import cache
 from pathlib import Path, PurePath
@@ -75,6 +76,9 @@ def export(
         if given is not None and form != of:
             msg = f"{option} belongs to --format {of}"
             raise UsageError(msg)
+    if re.match(r"\w{2,}:/", str(out)):
+        msg = f"{out}: other tools' files are written to a folder of this machine, no address"
+        raise UsageError(msg)
     ready = Export(
         o.open_store(store, create=False),
         form,
@@ -118,7 +122,8 @@ def import_(
     """Read another tool's features into the store.
 
     What the files say is kept, and what they do not know is marked: the encoder has no digest,
-    and is called NAME-imported. Files that `export` wrote come back as they were.
+    and is called NAME-imported. Files that `export` wrote come back as they were, but for
+    GeoJSON, which holds measurements, not features.
     """
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.cli.batch import finish, run_batch  # noqa: PLC0415

@@ -147,6 +147,6 @@ def _files(path: Path) -> list[Path]:
         return [path]
     found = sorted(Path(name) for name in glob.glob(str(path)))  # noqa: PTH207 - absolute
     if not found:
-        msg = f"{path}: no such file; give data.source"
+        msg = f"{path}: no such file (in a recipe: data.source)"
         raise ResourceError(msg)
     return found

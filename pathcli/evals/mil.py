@@ -274,7 +274,8 @@ def _how_to_train(plan: _Plan, heads: Sequence[str]) -> str:
     sets = [f"data.slides={slides}", *given[1:]]
     shown = " ".join(f"--set {shlex.quote(text)}" for text in sets)
     note = " (slides: a folder, or null where features are in the store)" if not plan.slides else ""
+    where = plan.runs if plan.runs.is_dir() else f"{plan.runs}, which is no folder"
     return (
-        f"no finished run of {', '.join(heads)} for {plan.name} in {plan.runs}; train with: "
+        f"no finished run of {', '.join(heads)} for {plan.name} in {where}; train with: "
         f"pathcli train --recipe {name} {shown} --out {plan.runs}{note}, or add --train"
     )

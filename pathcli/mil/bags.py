@@ -248,12 +248,12 @@ def look_up(table: LabelTable, store: Store, encoder: str, spec: TileSpec) -> Co
         msg = f"none of the slides of {table.source} can be used; {doubtful[0]}; name the slides"
         raise ResourceError(msg)
     if not keys:
-        msg = (
-            f"none of the {len(table.rows)} slides of {table.source} has features of {encoder} "
-            f"(tiles of {spec.size_px} px at {spec.mpp:g} um per pixel) in {store.root}; name the "
-            "slides (train: --set data.slides=DIR, mil-eval: --slides DIR), or first run: "
-            f"pathcli embed DIR --encoder {encoder.rpartition('-')[0]}"
-        )
+        name, _, weights = encoder.rpartition("-")
+        how = "store import" if weights == "imported" else f"embed DIR --encoder {name}"
+        msg = f"none of the {len(table.rows)} slides of {table.source} has features of {encoder} "
+        msg += f"(tiles of {spec.size_px} px at {spec.mpp:g} um per pixel) in {store.root}; "
+        msg += "name the slides (train: --set data.slides=DIR, mil-eval: --slides DIR), "
+        msg += f"or first run: pathcli {how}"
         raise ResourceError(msg)
     return Cohort(table, store, keys, missing)
 

@@ -261,7 +261,7 @@ class _Unwritten(Store):
         self.tiles = _UnwrittenTiles(self.backend)
         self.features = _UnwrittenFeatures(self.backend)
 
-    def _begin(self, **_: bool) -> None:
+    def _begin(self, _kind: str, *, create: bool) -> None:  # noqa: ARG002 - as the store's own
         """Write nothing, but refuse what is something else."""
         self._require_empty()
 

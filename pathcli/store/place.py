@@ -7,6 +7,7 @@ file locking is among it. Those that are not folders of this machine are in `rem
 
 from __future__ import annotations
 
+import fnmatch
 import mmap
 import os
 import shutil
@@ -183,8 +184,20 @@ class LocalPlace:
 
     def glob(self, pattern: str) -> Iterator[str]:
         """Yield the names of files that match, sorted; `*` stands for one part of a name."""
-        for path in sorted(self.folder.glob(pattern)):
-            yield path.relative_to(self.folder).as_posix()
+        yield from self._matching("", pattern.split("/"))
+
+    def _matching(self, folder: str, parts: Sequence[str]) -> Iterator[str]:
+        """Yield the names in a folder; unlike `Path.glob`, one that may not be read is an error."""
+        try:
+            with self._reading(folder):
+                names = sorted(fnmatch.filter(os.listdir(self.path(folder)), parts[0]))  # noqa: PTH208
+        except FileNotFoundError:
+            return
+        for name in names:
+            if len(parts) > 1:
+                yield from self._matching(f"{folder}{name}/", parts[1:])
+            else:
+                yield folder + name
 
     def now(self) -> float:
         """Return the time as the folder's file system has it, which may be another machine's."""

@@ -28,6 +28,7 @@ log = logging.getLogger("pathcli")
 
 FORMAT = 1
 MARKER = "store.json"
+HDF5, ZARR = "hdf5", "zarr"
 
 
 def default_root() -> str:
@@ -52,8 +53,8 @@ class Store:
             ResourceError: it cannot be created or read, or with `create` off is not there.
         """
         named = str(root or default_root())
-        if isinstance(root, Path) and re.match(r"\w{2,}:/", named):
-            msg = f"{named}: an address is to be given as text; a path has lost one of its slashes"
+        if re.match(r"\w{2,}:/(?!/)", named):
+            msg = f"{named}: an address has two slashes (s3://BUCKET/FOLDER), and is text, no Path"
             raise UsageError(msg)
         self.place: Place
         self.root: Path | str
@@ -63,38 +64,44 @@ class Store:
         else:
             self.root = self.local = Path(named).expanduser()
             self.place = LocalPlace(self.root)
-        self.backend = backend_of(self.place)
+        self.backend = backend_of(self.place, self._open(create=create))
         self.tiles = TileEntries(self.backend)
         self.features = FeatureEntries(self.backend)
-        self._open(create=create)
 
-    def _open(self, *, create: bool) -> None:
+    def _open(self, *, create: bool) -> str:
+        """Return how the entries are kept: as the store says, or for a new one as its place."""
+        kind = ZARR if "://" in str(self.root) or self.local.suffix == f".{ZARR}" else HDF5
         try:
             text = self.place.read(MARKER).decode()
         except FileNotFoundError:
-            self._begin(create=create)
-            return
+            self._begin(kind, create=create)
+            return kind
         except UnicodeDecodeError:
             text = ""
         try:
             found = int(json.loads(text)["format"])
+            kind = str(json.loads(text).get("entries", kind))
         except (ValueError, KeyError, TypeError) as error:
             msg = (
                 f'{self.root}/{MARKER}: damaged; if this is a pathcli store, write {{"format": 1}} '
                 "into it"
             )
             raise DataError(msg) from error
-        if found > FORMAT:
-            msg = f"{self.root}: store format {found}, this pathcli reads {FORMAT}; update pathcli"
+        if found > FORMAT or kind not in {HDF5, ZARR}:
+            msg = f"{self.root}: store format {found} of {kind}, this pathcli reads {FORMAT}; "
+            raise DataError(msg + "update pathcli")
+        if kind == HDF5 and "://" in str(self.root):
+            msg = f"{self.root}: entries here are HDF5, which is read from a folder; copy it first"
             raise DataError(msg)
+        return kind
 
-    def _begin(self, *, create: bool) -> None:
+    def _begin(self, kind: str, *, create: bool) -> None:
         """Make a store where there is none yet."""
         self._require_empty()
         if not create:
             msg = f"{self.root}: no store here; give another --store (pathcli embed makes one)"
             raise ResourceError(msg) from None
-        self.place.write(MARKER, json.dumps({"format": FORMAT}).encode() + b"\n")
+        self.place.write(MARKER, json.dumps({"format": FORMAT, "entries": kind}).encode() + b"\n")
 
     def _require_empty(self) -> None:
         """Refuse to make a store of what is something else."""
@@ -137,9 +144,9 @@ class Store:
         return cards
 
 
-def backend_of(place: Place) -> Backend:
-    """Return how entries are kept at a place: Zarr at addresses and in `*.zarr`, else HDF5."""
-    if isinstance(place, LocalPlace) and place.folder.suffix != ".zarr":
+def backend_of(place: Place, kind: str) -> Backend:
+    """Return what keeps entries at a place, as HDF5 or as Zarr."""
+    if kind == HDF5 and isinstance(place, LocalPlace):
         return Hdf5(place)
     from pathcli.store.zarr import Zarr  # noqa: PLC0415
 

@@ -172,7 +172,7 @@ def recognise(path: Path, layouts: Mapping[str, Layout] = CAPTIONS) -> str:
         shard_list(path)
         return "webdataset"
     if not path.exists():
-        msg = f"{path}: no such file or folder; give data.source"
+        msg = f"{path}: no such file or folder (in a recipe: data.source)"
         raise ResourceError(msg)
     if path.name.endswith("_imgs.json"):
         return "pathgen-init"
@@ -186,7 +186,8 @@ def recognise(path: Path, layouts: Mapping[str, Layout] = CAPTIONS) -> str:
     known = "; ".join(f"{name} ({columns})" for name, columns in marks.items())
     msg = (
         f"{path}: no known layout, the first row has {', '.join(row) or 'nothing'}; a table needs "
-        f"an image ({', '.join(IMAGE)}) and a caption ({', '.join(CAPTION)}), or give data.format"
+        f"an image ({', '.join(IMAGE)}) and a caption ({', '.join(CAPTION)}), or give --format "
+        "(in a recipe: data.format)"
         + (f"; by their columns are known: {known}" if layouts is TALKS else "")
     )
     raise DataError(msg)

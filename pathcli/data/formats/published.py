@@ -75,7 +75,7 @@ def pathgen(
         known = len(missing | there)
         what = f"{len(missing)} of {known} slides are not to be found below {source.root} ({first})"
         if not there:
-            msg = f"{what}; give the folder of the slides as data.images"
+            msg = f"{what}; give their folder as --images (in a recipe: data.images)"
             raise ResourceError(msg)
         source.warnings.append(what)
 

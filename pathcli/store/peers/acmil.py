@@ -73,10 +73,18 @@ def sources(path: Path, asked: Asked) -> list[Source]:
     found = [path] if path.is_file() else sorted(path.glob("*.h5"))
     named = []
     for file in found:
-        with files.reading(file) as opened:
-            names = list(opened)
+        try:
+            with files.reading(file) as opened:
+                names = list(opened)
+        except DataError as error:
+            named.append(Source(file.stem, file, file.name, partial(_fail, error)))
+            continue
         named += [Source(n, file, f"{file.name}/{n}", partial(_read, file, n)) for n in names]
     return named
+
+
+def _fail(error: DataError) -> Incoming:
+    raise error
 
 
 def _read(path: Path, name: str) -> Incoming:

@@ -61,6 +61,7 @@ def writer(out: Path, **_: Any) -> Iterator[Callable[[Outgoing, str | None], Non
 def _write(out: Path, one: Outgoing, record: str | None) -> None:
     import zarr  # noqa: PLC0415
 
+    _require_own(places(out, one)[0])
     with files.writing_folder(places(out, one)[0]) as folder:
         root = zarr.open_group(folder, mode="w", zarr_format=2)
         made = {"version": "0.1", "spatialdata_software_version": f"pathcli {__version__}"}
@@ -70,14 +71,34 @@ def _write(out: Path, one: Outgoing, record: str | None) -> None:
         _table(tables.create_group(table_name(one.encoder)), one, record)
 
 
+def _require_own(folder: Path) -> None:
+    """Refuse to replace a slide that another tool wrote: there is more in it than features."""
+    import zarr  # noqa: PLC0415
+
+    if not folder.exists():
+        return
+    try:
+        made: Any = zarr.open_group(folder, mode="r").attrs["spatialdata_attrs"]
+        own = str(made["spatialdata_software_version"]).startswith("pathcli ")
+    except Exception:  # noqa: BLE001 - zarr raises what the bytes provoke
+        own = False
+    if not own:
+        msg = f"{folder}: another tool's, and not replaced; move it away, or give another OUT"
+        raise DataError(msg)
+
+
 def _tile_spec(one: Outgoing) -> dict[str, Any]:
-    """Return the tiles as wsidata describes them: pixels of the tile, and of level 0."""
-    spec, side = one.tiles.spec, round(one.tiles.side0)
-    step = round(spec.step_px * spec.mpp / one.tiles.slide_mpp)
-    pairs = {"": spec.size_px, "stride_": spec.step_px, "raw_": side, "raw_stride_": step}
-    sides = {f"{n}{axis}": v for n, v in pairs.items() for axis in ("height", "width")}
-    more = {"level": 0, "downsample": 1.0, "mpp": spec.mpp, "tissue_name": spec.tissue}
-    return sides | more | {"slide_mpp": one.tiles.slide_mpp}
+    """Return the fields of wsidata's TileSpec, which refuses any other."""
+    spec = one.tiles.spec
+    scale = spec.mpp / one.tiles.slide_mpp
+    return {
+        **dict.fromkeys(("height", "width"), spec.size_px),
+        **dict.fromkeys(("stride_height", "stride_width"), spec.step_px),
+        **dict.fromkeys(("ops_downsample", "base_downsample"), scale),
+        **dict.fromkeys(("ops_level", "base_level"), 0),
+        "mpp": spec.mpp,
+        "tissue_name": spec.tissue,
+    }
 
 
 def _shapes(group: Any, one: Outgoing) -> None:  # noqa: ANN401 - zarr groups
@@ -223,7 +244,9 @@ def _read(folder: Path, name: str, asked: Asked) -> Incoming:
             "table": plain(dict(table.attrs)),
             "tile_spec": plain(root.attrs.get("tile_spec", {})),
         }
-        xy, notes = _corners(root, table, folder, len(values), str(table.attrs.get("region")))
+        region = plain(table.attrs.get("region"))
+        region = region[0] if isinstance(region, list) and len(region) == 1 else str(region)
+        xy, notes = _corners(root, table, folder, len(values), region)
     except (DataError, ResourceError):
         raise
     except Exception as error:  # zarr raises what the bytes provoke
@@ -269,12 +292,20 @@ def _corners(
         ends = root[f"{shapes}/offset0"][...][1:]
         flat = root[f"{shapes}/coords"][...]
         low = [flat[a:b].min(0) for a, b in zip(starts, ends, strict=True)]
-        return corners(np.array(low), n, f"{folder}: {shapes}"), ()
+        return corners(_of_rows(np.array(low), table), n, f"{folder}: {shapes}"), ()
     parquet = folder / "shapes" / region / "shapes.parquet"
     if parquet.is_file():
-        return corners(_parquet(parquet), n, str(parquet)), ()
+        return corners(_of_rows(_parquet(parquet), table), n, str(parquet)), ()
     note = "the file does not say where its tiles are: they are counted instead"
     return np.stack([np.arange(n), np.zeros(n, np.int64)], 1), (note,)
+
+
+def _of_rows(low: NDArray[Any], table: Any) -> NDArray[Any]:  # noqa: ANN401 - a zarr group
+    """Return the corners of a table's rows, which say by number whose they are."""
+    obs, name = table.get("obs", {}), str(table.attrs.get("instance_key"))
+    ids = np.asarray(obs[name][...] if name in obs and hasattr(obs[name], "shape") else [])
+    known = len(ids) and ids.dtype.kind in "iu" and ids.min() >= 0 and ids.max() < len(low)
+    return low[ids] if known else low
 
 
 def _parquet(path: Path) -> NDArray[np.float64]:
@@ -300,12 +331,9 @@ def _tiling(
         note = "the file does not say how large its tiles are: unknown, 1 px stands for it"
         return UNKNOWN, 1.0, "unknown, 1 stands for it", (note,)
     step = number(tiles.get("stride_width")) or size
-    base = number(tiles.get("base_width"))
     found = asked.resolution(name, record)
-    if found is None and base:
-        found = size * mpp / base, "the sides of a tile"
-    if found is None and (found_mpp := number(tiles.get("slide_mpp"))):
-        found = found_mpp, "tile_spec"
+    if found is None and (scale := number(tiles.get("base_downsample"))):
+        found = mpp / scale, "tile_spec"
     if found is None:
         msg = (
             f"{name}: its tile_spec does not say the slide's resolution; give --slides DIR, or "

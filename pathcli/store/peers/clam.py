@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
-import pickle
+import os
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePath
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,10 +100,14 @@ def _write_list(path: Path, written: list[Outgoing]) -> None:
     """Add the slides to CLAM's list; rows of others stay."""
     header, rows = list(_HEADER), []
     if path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            table = csv.DictReader(file)
-            rows = list(table)
-            header = list(dict.fromkeys([*(table.fieldnames or ()), *_HEADER]))
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                table = csv.DictReader(file)
+                rows = list(table)
+                header = list(dict.fromkeys([*(table.fieldnames or ()), *_HEADER]))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            msg = f"{path}: not extended, as it cannot be read ({error}); the features are written"
+            raise DataError(msg) from error
     here = {one.name + _suffix(one) for one in written}
     rows = [row for row in rows if row.get("slide_id") not in here]
     rows += [
@@ -122,25 +127,38 @@ def _suffix(one: Outgoing) -> str:
     return PurePath(str(one.card.get("last_seen", ""))).suffix
 
 
+def agrees(path: Path, one: Outgoing) -> bool:
+    """Tell whether the tensor or the corners of a slide are those that would be written."""
+    try:
+        if path.suffix == ".pt":
+            return np.array_equal(_tensor(path), one.values)
+        with files.reading(path) as file:
+            side = file["coords"].attrs.get("patch_size")
+            same = np.array_equal(files.content(file, "coords"), one.xy)
+    except DataError:
+        return False
+    return bool(same and side == round(one.tiles.side0))
+
+
 def sources(path: Path, asked: Asked) -> list[Source]:
     """Return the slides of a folder that holds `h5_files` or `pt_files`, or of one file."""
     if path.is_file():
         found = {path.stem: path}
-        root = path.parent
+        root, cut = path.parent, list[Path]()
     else:
-        root, found = path, {}
+        root, found, cut = path, {}, sorted(path.rglob("patches"))
         for kind, ending in (("pt_files", "*.pt"), ("h5_files", "*.h5")):  # h5 has corners, too
             for folder in sorted([*path.rglob(kind), *([path] if path.name == kind else [])]):
                 for file in sorted(folder.glob(ending)):
                     if not file.name.startswith("."):
                         found[f"{folder.parent}/{file.stem}"] = file
     return [
-        Source(p.stem, p, str(p.relative_to(root)), partial(_read, p, path, asked))
+        Source(p.stem, p, str(p.relative_to(root)), partial(_read, p, cut, asked))
         for p in found.values()
     ]
 
 
-def _read(path: Path, root: Path, asked: Asked) -> Incoming:
+def _read(path: Path, cut_in: list[Path], asked: Asked) -> Incoming:
     xy: NDArray[Any] | None = None
     if path.suffix == ".pt":
         values = matrix(_tensor(path), f"{path}: the tensor")
@@ -148,7 +166,7 @@ def _read(path: Path, root: Path, asked: Asked) -> Incoming:
         with files.reading(path) as file:
             values = matrix(files.content(file, "features"), "features")
             xy = corners(files.content(file, "coords"), len(values), "coords")
-    patches = _patches(path, root)
+    patches = _patches(path, cut_in)
     says, record = dict[str, Any](), None
     notes: tuple[str, ...] = ()
     if patches:
@@ -181,12 +199,11 @@ def _read(path: Path, root: Path, asked: Asked) -> Incoming:
     )
 
 
-def _patches(path: Path, root: Path) -> Path | None:
-    """Return the slide's file below the nearest folder `patches`."""
-    folders = [path.parent.parent / "patches"]
-    if root.is_dir():
-        folders += sorted(root.rglob("patches"))
-    return next((f / f"{path.stem}.h5" for f in folders if (f / f"{path.stem}.h5").is_file()), None)
+def _patches(path: Path, folders: list[Path]) -> Path | None:
+    """Return the slide's file below the folder `patches` that is nearest."""
+    near = sorted(folders, key=lambda f: -len(os.path.commonpath([f, path])))
+    files_ = [folder / f"{path.stem}.h5" for folder in (path.parent.parent / "patches", *near)]
+    return next((file for file in files_ if file.is_file()), None)
 
 
 def _tensor(path: Path) -> NDArray[Any]:
@@ -195,13 +212,15 @@ def _tensor(path: Path) -> NDArray[Any]:
 
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch raises what the bytes provoke
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:80]
+        line = "other Python objects in it" if isinstance(error, UnpicklingError) else line
         msg = f"{path}: cut short, or not a file of one tensor ({line})"
         raise DataError(msg) from error
-    if not isinstance(found, torch.Tensor):
+    if not isinstance(found, torch.Tensor) or found.layout != torch.strided:
         msg = f"{path}: holds a {type(found).__name__}, not one tensor [tiles, length]"
         raise DataError(msg)
+    found = found.detach()
     kept: NDArray[Any] = found.float().numpy() if found.is_floating_point() else found.numpy()
     return kept
 

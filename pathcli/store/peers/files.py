@@ -66,7 +66,12 @@ def writing_folder(path: Path) -> Iterator[Path]:
             yield part
             if path.exists():
                 path.replace(old)
-            part.replace(path)
+            try:
+                part.replace(path)
+            except BaseException:
+                with suppress(OSError):
+                    old.replace(path)
+                raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)

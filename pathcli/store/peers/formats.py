@@ -32,12 +32,16 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Format:
-    """One format: `places` of a slide's files, a `writer` of slides, and the `sources` to read."""
+    """One format: `places` of a slide's files, a `writer` of slides, and the `sources` to read.
+
+    `agrees` tells whether one of a slide's further files is what would be written there.
+    """
 
     name: str
     places: Callable[[Path, Outgoing], tuple[Path, ...]]
     writer: Callable[..., AbstractContextManager[Write]]
     sources: Callable[[Path, Asked], list[Source]]
+    agrees: Callable[[Path, Outgoing], bool] | None = None
 
     @property
     def one_each(self) -> bool:
@@ -74,4 +78,6 @@ def of(name: str) -> Format:
         msg = f"no format is called {name!r}: {did_you_mean(name, list(FORMATS))}"
         raise UsageError(msg)
     module: Any = import_module(f"pathcli.store.peers.{FORMATS[name]}")
-    return Format(name, module.places, module.writer, module.sources)
+    return Format(
+        name, module.places, module.writer, module.sources, getattr(module, "agrees", None)
+    )

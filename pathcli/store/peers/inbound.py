@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathcli.types import HalfArray
 
 _BLOCK = 4096  # rows written at a time
+_LONGEST = 200  # bytes of an encoder's name: folders have 255
 _LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -65,7 +66,7 @@ class Import:
             raise DataError(msg)
         found = formats.of(form).sources(path, self._asked)
         if not found:
-            msg = f"{path}: nothing of format {form} here; see pathcli store import --help"
+            msg = f"{path}: nothing of format {form} here; give another --format or folder"
             raise DataError(msg)
         self._sources = {source.shown: source for source in found}
         self._cards = store.slides()
@@ -99,6 +100,8 @@ class Import:
         restored = restore(found)
         if restored and not found.measured and not str(restored.key.encoder).endswith(INT8):
             entry, warnings = restored, list[str]()
+            if self._asked.encoder:
+                warnings.append(f"known again as {entry.key.encoder}: --encoder is not used")
         else:
             entry, warnings = self._foreign(found, restored)
             restored = None  # of measurements, the tiles at most
@@ -164,6 +167,9 @@ class Import:
             msg = f"{found.path}: does not say which encoder its features are of; give --encoder"
             raise DataError(msg)
         readable = re.sub(r"[^\w.-]", "_", name).strip(".").removesuffix(IMPORTED)
+        if len(readable.encode()) > _LONGEST:
+            msg = f"{found.path}: calls its encoder {name[:40]}..., too long; give --encoder"
+            raise DataError(msg)
         return f"{readable or 'unnamed'}{IMPORTED}"
 
     def _slide(
@@ -287,22 +293,28 @@ def halves(values: NDArray[Any], shown: str) -> tuple[HalfArray, list[str]]:
     Raises:
         DataError: a number is beyond float16, or no row is whole.
     """
-    wide = values.astype(np.float64) if values.dtype.kind in "iu" else values
-    good = np.isfinite(wide).all(1)
+    half, good = np.empty(values.shape, np.float16), np.empty(len(values), bool)
+    largest, rounded = 0.0, False
+    for at in range(0, len(values), _BLOCK):  # a copy of all would be as large as they are
+        rows = slice(at, at + _BLOCK)
+        wide = values[rows].astype(np.float64) if values.dtype.kind in "iu" else values[rows]
+        whole = good[rows] = np.isfinite(wide).all(1)
+        largest = max(largest, float(np.abs(wide[whole]).max(initial=0)))
+        with np.errstate(over="ignore"):  # refused below
+            half[rows] = np.where(whole[:, None], wide, np.nan)
+        rounded |= not np.array_equal(half[rows][whole].astype(wide.dtype), wide[whole])
     if not good.any():
         msg = f"{shown}: not one row is of numbers alone (all have NaN or infinity)"
         raise DataError(msg)
-    largest = float(np.abs(wide[good]).max())
     if largest > _LARGEST:
         msg = (
             f"{shown}: holds {largest:g}; the store keeps float16, up to {_LARGEST:.0f}: scale it "
             "down, or leave it out"
         )
         raise DataError(msg)
-    half = np.where(good[:, None], wide, np.nan).astype(np.float16)
     warnings = []
     if not good.all():
         warnings.append(f"{(~good).sum()} of {len(good)} rows have NaN or infinity: unreadable")
-    if not np.array_equal(half[good].astype(wide.dtype), wide[good]):
+    if rounded:
         warnings.append("features are rounded to float16")
     return half, warnings

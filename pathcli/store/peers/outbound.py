@@ -7,8 +7,6 @@ from contextlib import AbstractContextManager
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
 from pathcli.errors import DataError, UsageError
 from pathcli.registry import did_you_mean
 from pathcli.store.peers import formats
@@ -118,7 +116,7 @@ class Export(AbstractContextManager["Export"]):
         key = self._keys[name]
         one, record, warnings = self._read(name, key)
         places = self._form.places(self.out, one)
-        there = self._is_there(places, record)
+        there = self._is_there(places, one, record)
         if not there:
             self._write(one, record)
             self._begun.update(places)
@@ -136,11 +134,12 @@ class Export(AbstractContextManager["Export"]):
         }
 
     def _read(self, name: str, key: Key) -> tuple[Outgoing, str | None, list[str]]:
-        tiles, features = self._tiles(key), self.store.features[key]
-        values = np.asarray(features.values[:])
-        if values.ndim != 2:  # noqa: PLR2004 - a vector a tile
-            msg = f"{key.item}: its features are tokens {values.shape}; peers read a vector a tile"
+        shape = self.store.features.shape(key)[0]
+        if len(shape) != 1:  # before they are read: tokens are many
+            msg = f"{key.item}: its features are tokens {shape} a tile; peers read a vector a tile"
             raise DataError(msg)
+        tiles, features = self._tiles(key), self.store.features[key]
+        values = features.values
         good = features.status == TileStatus.OK
         if not good.any():
             msg = f"{key.item}: not one of its {len(good)} tiles could be read"
@@ -167,7 +166,7 @@ class Export(AbstractContextManager["Export"]):
             msg = f"{key.item}: the store has its features, not its tiles; run pathcli tile again"
             raise DataError(msg) from None
 
-    def _is_there(self, places: Sequence[Path], record: str | None) -> bool:
+    def _is_there(self, places: Sequence[Path], one: Outgoing, record: str | None) -> bool:
         """Tell whether these very files were written before.
 
         Raises:
@@ -179,7 +178,12 @@ class Export(AbstractContextManager["Export"]):
         whole = len(there) == len(places) and self._form.one_each
         if whole and record and self._form.holds(places, record):
             return True
-        msg = f"{there[0]}: is there already, and not the same; give another OUT, or --overwrite"
+        agrees = self._form.agrees
+        if agrees and places[0] not in there and all(agrees(path, one) for path in there):
+            return False  # a stopped run's, or what another encoder shares
+        uncompared = {"acmil": " (--overwrite replaces all its slides)", "geojson": ""}
+        how = uncompared.get(self._form.name, ", and not the same")
+        msg = f"{there[0]}: is there already{how}; give another OUT, or --overwrite"
         raise DataError(msg)
 
 
@@ -195,7 +199,7 @@ def slide_name(key: Key, cards: Mapping[str, Mapping[str, Any]]) -> str:
 def _of_encoder(store: Store, keys: list[Key], encoder: str | None) -> list[Key]:
     ids = sorted({str(key.encoder) for key in keys})
     if not ids:
-        msg = f"{store.root}: no features of slides; run: pathcli embed SLIDES"
+        msg = f"{store.root}: no features of slides; run: pathcli embed SLIDES --store {store.root}"
         raise DataError(msg)
     if encoder is None and len(ids) > 1:
         msg = f"{store.root} has features of several encoders; give --encoder: {', '.join(ids)}"
@@ -224,7 +228,7 @@ def _of_tiles(store: Store, keys: list[Key], tiles: str | None) -> list[Key]:
         spec = store.tiles[first].spec if first in store.tiles else None
         how = f"{spec.size_px} px at {spec.mpp:g} um, {spec.tissue}" if spec else "unknown"
         told.append(f"{name} ({how}; {len(group)} slides)")
-    msg = f"{store.root} has these features on several tiles; give --tiles: {', '.join(told)}"
+    msg = f"{store.root}: give one of these as --tiles: {', '.join(told)}"
     raise UsageError(msg)
 
 

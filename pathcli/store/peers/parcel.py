@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from pathcli import __version__
 from pathcli.errors import DataError
-from pathcli.types import Key, SlideInfo, Tiles, TileSpec, TileStatus
+from pathcli.types import MPP_RANGE, Key, SlideInfo, Tiles, TileSpec, TileStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,6 +33,8 @@ LABEL = "imported"
 """The tissue method of tiles whose method nobody knows."""
 
 _EXPORTED = "as exported"
+_ITEM = re.compile(r"[\w+-][\w.+-]*-[0-9a-f]{8}")
+_ID = re.compile(r"[\w+-][^/\\\x00-\x1f]*")
 _LONGEST = 60_000  # characters of a record: HDF5 keeps attributes up to 64 KB
 
 
@@ -175,6 +178,8 @@ def record_of(
         "size": [tiles.width, tiles.height],
         "tissue_share": tiles.tissue_share,
         "warnings": list(tiles.warnings),
+        "dropped": None if tiles.dropped is None else dict(tiles.dropped),
+        "file_bytes": tiles.file_bytes,
         "card": {name: value for name, value in card.items() if name != "last_seen"},
         "unreadable": [[int(row), *map(int, tiles.xy[row])] for row in rows],
     }
@@ -202,29 +207,37 @@ class Restored:
 def parse_record(text: str | None) -> dict[str, Any]:
     """Return what pathcli left in a file, nothing if it is not there or not whole."""
     try:
-        kept = json.loads(text or "{}")
-    except ValueError:
+        kept: dict[str, Any] = json.loads(text or "{}")
+        low, high = MPP_RANGE
+        bounds = list(map(int, kept["card"].get("bounds", ())))
+        whole = len(bounds) in {0, 4} and low <= kept["key"]["mpp"] <= high
+    except (AttributeError, KeyError, TypeError, ValueError):
         return {}
-    return kept if isinstance(kept, dict) and isinstance(kept.get("key"), dict) else {}
+    return kept if whole else {}
 
 
 def restore(incoming: Incoming) -> Restored | None:
     """Return the entry that a file's record tells, None unless rows and record are as written."""
     kept = parse_record(incoming.record)
     expected = kept.pop("sha256", None)
+    if not kept:
+        return None
     with np.errstate(over="ignore"):
         half = incoming.values.astype(np.float16)
     xy, checked = incoming.xy, half[:, :0] if incoming.measured else half
-    if not kept or expected != _checksum(kept, checked, xy):
+    if expected != _checksum(kept, checked, xy):
         return None
     try:
         return _restored(kept, half, xy)
-    except (KeyError, TypeError, ValueError):  # of a later pathcli
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # of a later pathcli
         return None
 
 
 def _restored(kept: Mapping[str, Any], values: HalfArray, xy: NDArray[Any]) -> Restored | None:
     key, spec = Key(**kept["key"]), TileSpec.from_json(kept["spec"])
+    named = _ITEM.fullmatch(key.item) and _ID.fullmatch(str(key.encoder))
+    if not named or kept["card"].get("item", key.item) != key.item:
+        return None  # a file from elsewhere may not say where else than in the store it goes
     lost = np.array(kept["unreadable"], np.int64).reshape(-1, 3)
     n = len(values) + len(lost)
     status = np.zeros(n, np.uint8)
@@ -242,6 +255,8 @@ def _restored(kept: Mapping[str, Any], values: HalfArray, xy: NDArray[Any]) -> R
         height=int(kept["size"][1]),
         tissue_share=float(kept["tissue_share"]),
         warnings=tuple(kept["warnings"]),
+        dropped=kept.get("dropped"),
+        file_bytes=kept.get("file_bytes"),
     )
     return Restored(key, tiles, rows, kept["card"]) if spec.digest == key.tiles else None
 

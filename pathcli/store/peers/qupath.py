@@ -22,6 +22,7 @@ from pathcli.store.peers.parcel import (
     RECORD,
     Incoming,
     Source,
+    corners,
     imported_spec,
     parse_record,
 )
@@ -201,7 +202,7 @@ def _read(path: Path, asked: Asked) -> Incoming:
         path=path,
         name=path.stem,
         values=np.array([[row[n] for n in names] for row in measured]),
-        xy=np.rint(xy + np.array([left, top])).astype(np.int64),
+        xy=corners(xy + np.array([left, top]), len(xy), f"{path}: corners"),
         encoder="qupath",
         spec=spec,
         slide_mpp=mpp,
@@ -226,14 +227,13 @@ def _squares(path: Path, rings: list[NDArray[np.float64]]) -> tuple[NDArray[Any]
     Raises:
         DataError: they are no squares, or not of one size.
     """
-    low = np.array([ring.min(0) for ring in rings])
-    sides = np.array([np.ptp(ring, axis=0) for ring in rings])
-    side = float(np.median(sides))
-    square = all(len(ring) == _CORNERS for ring in rings) and np.abs(sides - side).max() <= 1
-    if not square:
-        msg = f"{path}: its objects are not squares of one size; tiles are wanted"
-        raise DataError(msg)
-    return low, side
+    if all(ring.shape == (_CORNERS, 2) for ring in rings):  # a point has none, a line two
+        sides = np.array([np.ptp(ring, axis=0) for ring in rings])
+        side = float(np.median(sides))
+        if np.abs(sides - side).max() <= 1:
+            return np.array([ring.min(0) for ring in rings]), side
+    msg = f"{path}: its objects are not squares of one size; tiles are wanted"
+    raise DataError(msg)
 
 
 def _corner(name: str, record: Any, asked: Asked) -> tuple[int, int, tuple[str, ...]]:  # noqa: ANN401

@@ -58,14 +58,26 @@ def writer(out: Path, **_: Any) -> Iterator[Callable[[Outgoing, str | None], Non
 def _write(out: Path, one: Outgoing, record: str | None) -> None:
     features, patches = places(out, one)
     coords = one.xy.astype(np.int64)
-    with files.writing(patches) as file:
-        files.dataset(file, "coords", coords, _attributes(one, patches.parent))
+    if not (patches.exists() and agrees(patches, one)):
+        with files.writing(patches) as file:
+            files.dataset(file, "coords", coords, _attributes(one, patches.parent))
     with files.writing(features) as file:
         told = features_attributes(one.name, one.encoder) | {"savetodir": str(features.parent)}
         files.dataset(file, "features", one.values.astype(np.float32), told)
         files.dataset(file, "coords", coords, _attributes(one, patches.parent))
         if record:
             file.attrs[RECORD] = record
+
+
+def agrees(path: Path, one: Outgoing) -> bool:
+    """Tell whether corners of a slide, which all encoders share, are those of these features."""
+    try:
+        with files.reading(path) as file:
+            side = file["coords"].attrs.get("patch_size_level0")
+            same = np.array_equal(files.content(file, "coords"), one.xy)
+    except DataError:
+        return False
+    return bool(same and side == round(one.tiles.side0))
 
 
 def _attributes(one: Outgoing, folder: Path) -> dict[str, Any]:
@@ -91,13 +103,13 @@ def sources(path: Path, asked: Asked) -> list[Source]:
 
 def _is_features(path: Path, root: Path) -> bool:
     """Tell whether a file is below a folder `features_<encoder>`."""
-    parents = [root.name, *path.relative_to(root).parts[:-1]]
+    parents = [root.absolute().name, *path.relative_to(root).parts[:-1]]
     return any(name.startswith("features_") for name in parents)
 
 
 def encoder_of(path: Path) -> str | None:
     """Return the encoder that the folder of a file names."""
-    for parent in path.parents:
+    for parent in path.absolute().parents:
         if parent.name.startswith("features_"):
             return parent.name.removeprefix("features_")
     return None
