@@ -67,11 +67,11 @@ class Section:
 
     title: str
     text: str = ""
-    alert: str = ""
     code: str = ""
     rows: Sequence[Mapping[str, Any]] = ()
     charts: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
+    alert: str = ""
 
 
 def metric(

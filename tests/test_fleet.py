@@ -158,7 +158,9 @@ def test_where_one_process_cannot_be_had_the_others_do_its_part(
 
 
 INTERRUPTED = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 sys.path.insert(0, sys.argv[1])
 from pathcli import registry
 registry.BUILTIN["encoder"]["fake"] = "fakes:Slow"

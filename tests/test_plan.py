@@ -222,9 +222,10 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_begun(
     assert code == 5
     assert f"{store}: 10 images' tokens need 0.00301 GB" in err
     assert not store.parent.exists()
-    kept = store / "features" / "pathgen-clip-0" / "whole" / "images.h5"
+    kept = store / "features" / "pathgen-clip-0" / "whole" / "images-0123abcd@1.h5"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"x")
+    (store / "store.json").write_text('{"format": 1}')
     assert plan(given, store=store).numbers["cache_gb"]  # that byte is there already
 
 

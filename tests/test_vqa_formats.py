@@ -131,7 +131,7 @@ def test_pathgen_instruct_asks_of_regions_of_slides(tmp_path: Path) -> None:
     turns = ("<image>\nWhat is shown?",)
     assert found == [Sample(f"{wsi}_32_64", (region,), "A gland.", turns, group="TCGA-F7-A50J")]
     assert source.dropped == {"no conversations": 1, "no slide or position": 1}
-    with pytest.raises(ResourceError, match=r"1 of 1 slides .*give the folder of the slides"):
+    with pytest.raises(ResourceError, match=r"1 of 1 slides .*give their folder as --images"):
         read(path, tmp_path / "empty")
     path = save(tmp_path / "y.json", [{"image": "a", "conversations": []}])
     with pytest.raises(DataError, match="records need wsi_id, position and conversations, not"):
