@@ -140,13 +140,13 @@ def test_a_slide_of_a_living_process_is_waited_for_and_retaken_when_it_is_killed
 @pytest.mark.slow
 @pytest.mark.skipif(not WORKERS.is_file(), reason="no benchmarks here")
 def test_processes_at_one_list_do_each_slide_once_and_resume_that_of_one_that_is_killed() -> None:
-    how = ["--processes", "3", "--slides", "9", "--seconds", "0.1", "--kill"]
+    how = ["--processes", "2", "--slides", "5", "--seconds", "0.1", "--kill"]
     command = [sys.executable, str(WORKERS), *how]
     told = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    assert told["exit_codes"] == [-9, 0, 0]
-    assert (told["in_the_store"], told["left_over"], told["log_lines"]) == (9, [], 9)
+    assert told["exit_codes"] == [-9, 0]
+    assert (told["in_the_store"], told["left_over"], told["log_lines"]) == (5, [], 5)
     assert told["encoded_by_several"] == 0
-    assert told["encoded_by_one_process"] == 8  # the killed one could not tell of its first
+    assert told["encoded_by_one_process"] == 4  # the killed one could not tell of its first
     assert list(told["resumed"].values()) == [[192, 320]]
 
 

@@ -128,7 +128,7 @@ def test_a_budget_stops_an_evaluation_and_nothing_is_paid_twice(
     assert "the budget of 2 USD is spent" in err
     assert "kept: raise it and run the same command again" in err
     paid = len(server.bodies)
-    assert 2 <= paid < 10
+    assert 1 <= paid < 10  # those sent before the first answer told what one costs
     code, _, err = run(*asked, "--budget", "100", "--price", "1,3")
     assert code == 0, err
     assert f"spent: {10 - paid} requests, " in err

@@ -137,7 +137,7 @@ print("done", flush=True)
 def test_a_killed_writer_leaves_nothing_broken(store: Store, rng: np.random.Generator) -> None:
     here = str(Path(__file__).parent)
     seen = set()
-    for _ in range(12):
+    for _ in range(6):
         child = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(store.root), here], stdout=subprocess.PIPE
         )
