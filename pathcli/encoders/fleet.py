@@ -10,6 +10,7 @@ import multiprocessing
 import signal
 import sys
 import threading
+from abc import ABC, abstractmethod
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
@@ -77,7 +78,7 @@ class Hand(Protocol):
         """End the process, at once if it is at work."""
 
 
-class Crew:
+class Crew(ABC):
     """Several processes that embed at once what was expected: see `Fleet` for one of them.
 
     Used as an `Embedder` is: `expect` the slides, then call for each. Whichever process is free
@@ -147,13 +148,13 @@ class Crew:
             for thread in list(self._threads):
                 thread.join(LOOK_S)
 
+    @abstractmethod
     def _places(self) -> Sequence[str]:
         """Return where processes are to be."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _hire(self, place: str) -> Hand:
         """Return a process that can be asked to embed, when there is one."""
-        raise NotImplementedError
 
     def _look(self) -> Mapping[str, tuple[int, int]]:
         """Return how many tiles of slides are done, and of how many, as far as that is known."""

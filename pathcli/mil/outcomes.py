@@ -8,6 +8,7 @@ plain JSON, kept with the run.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -136,7 +137,7 @@ class Regression:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survival:
+class Survival(ABC):
     """What both kinds share: time and event of each patient, and curves from logits.
 
     A curve is given by its knots; between them it is constant (`steps`) or linear.
@@ -178,13 +179,13 @@ class Survival:
         known = {"events": int(events.sum()), "last": float(max(times))}
         return known | {"grid": grid.tolist(), "blind": blind.tolist()}
 
+    @abstractmethod
     def risk(self, logits: Floats) -> Floats:
         """Return a number for each bag [n] that is higher where the event is sooner."""
-        raise NotImplementedError
 
+    @abstractmethod
     def knots(self, logits: Floats, fit: Fit) -> tuple[Floats, Floats]:
         """Return times [k], from 0, and the survival of each bag at them [n, k]."""
-        raise NotImplementedError
 
     def predicted(self, logits: Floats, fit: Fit) -> Floats:
         """Return the risks."""

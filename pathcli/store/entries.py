@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -135,8 +136,9 @@ class Entries(Mapping[Key, V]):
         with _key_errors(key):
             return self._read(self.name(key))
 
+    @abstractmethod
     def _read(self, name: str) -> V:
-        raise NotImplementedError
+        """Read the entry of a name; FileNotFoundError when there is none."""
 
     def __contains__(self, key: object) -> bool:
         """Tell whether an entry was finished."""
