@@ -12,7 +12,6 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -78,10 +77,14 @@ class UnservedError(Exception):
 
 
 class _Tile:
-    """A decoded tile, or one being decoded; `users` are the readers that look at it now."""
+    """Room for a tile, `made` once it is decoded.
+
+    `users` are the readers that look at it now; `left` is how much of it nobody has taken yet.
+    """
 
     def __init__(self, pixels: ByteArray) -> None:
-        self.pixels, self.users, self.made = pixels, 0, Future[None]()
+        self.pixels, self.users, self.left = pixels, 0, pixels.size
+        self.made, self.making = False, threading.Lock()
 
 
 class TileCache:
@@ -89,64 +92,98 @@ class TileCache:
 
     Others that ask for a tile being made wait for it. The memory of a tile that goes serves
     the one that comes: fresh pages cost a third of a tile's decoding, and threads queue for them.
+    A tile of which everything has been taken goes first, while its memory is still in the
+    processor's cache, until one is asked for again after that: then regions overlap.
     """
 
     def __init__(self, limit: int) -> None:
         """Hold at most `limit` bytes, or what is in use if that is more."""
         self.limit, self.held = limit, 0
         self._tiles: OrderedDict[Hashable, _Tile] = OrderedDict()
+        self._taken: list[Hashable] = []  # tiles that have been given out whole
+        self._early: dict[Hashable, None] = {}  # those that went for it, the last ones
+        self._overlap = False
         self._lock = threading.Lock()
 
     @contextmanager
     def tile(
-        self, key: Hashable, shape: tuple[int, int, int], make: Callable[[ByteArray], object]
+        self,
+        key: Hashable,
+        shape: tuple[int, int, int],
+        make: Callable[[ByteArray], object],
+        taken: int,
     ) -> Iterator[ByteArray]:
-        """Give the tile of `key`; if it is not held, `make` writes its pixels of `shape`."""
+        """Give the tile of `key`, of which `taken` bytes are wanted.
+
+        If it is not held, `make` writes its pixels of `shape`.
+        """
         with self._lock:
             tile = self._tiles.get(key)
-            new = tile is None
+            if (tile and tile.left <= 0) or key in self._early:
+                self._overlap = True
+                self._taken.clear()
+                self._early.clear()
             if tile is None:
                 tile = self._tiles[key] = _Tile(self._memory(shape))
             self._tiles.move_to_end(key)
             tile.users += 1
         try:
-            if new:
+            if not tile.made:
                 self._make(key, tile, make)
-            tile.made.result()
             yield tile.pixels
         finally:
             with self._lock:
                 tile.users -= 1
+                tile.left -= taken
+                if tile.left <= 0 and not self._overlap:
+                    self._taken.append(key)
 
     def _memory(self, shape: tuple[int, int, int]) -> ByteArray:
-        """Return room for a tile, that of an unused one if there is no more."""
+        """Return room for a tile, that of one that is not needed or there is no more for."""
         size, room = math.prod(shape), None
-        while self.held + size > self.limit:
-            oldest = next((key for key, tile in self._tiles.items() if not tile.users), None)
-            if oldest is None:
-                break
-            gone = self._tiles.pop(oldest).pixels
+        for key in self._unneeded(size):
+            gone = self._tiles.pop(key).pixels
             self.held -= gone.size
             room = gone if gone.size == size else None
         self.held += size
         return np.empty(shape, np.uint8) if room is None else room.reshape(shape)
 
+    def _unneeded(self, size: int) -> Iterator[Hashable]:
+        """Yield the tiles that go before one of `size` bytes comes."""
+        while self._taken:
+            key = self._taken.pop()
+            tile = self._tiles.get(key)
+            if tile and tile.left <= 0 and not tile.users:
+                self._early[key] = None
+                if len(self._early) * size > self.limit:  # it would be gone anyhow
+                    del self._early[next(iter(self._early))]
+                yield key
+                break
+        while self.held + size > self.limit:
+            oldest = next((key for key, tile in self._tiles.items() if not tile.users), None)
+            if oldest is None:
+                return
+            yield oldest
+
     def _make(self, key: Hashable, tile: _Tile, make: Callable[[ByteArray], object]) -> None:
+        """Let one thread make a tile; where it fails, each that waited tries and fails."""
         try:
-            make(tile.pixels)
-        except BaseException as error:  # noqa: BLE001 - whoever waits must hear of it, this one too
+            with tile.making:
+                if not tile.made:
+                    make(tile.pixels)
+                    tile.made = True
+        except BaseException:
             with self._lock:
                 if self._tiles.get(key) is tile:
                     del self._tiles[key]
                     self.held -= tile.pixels.size
-            tile.made.set_exception(error)
-        else:
-            tile.made.set_result(None)
+            raise
 
     def clear(self) -> None:
         """Forget all tiles."""
         with self._lock:
             self._tiles.clear()
+            self._taken.clear()
             self.held = 0
 
 
@@ -233,7 +270,7 @@ class DirectReader:
                 top, left = row * th - y, column * tw - x
                 part = out[max(top, 0) : top + th, max(left, 0) : left + tw]
                 make = partial(self._decoded, level, index)
-                with self.tiles.tile((number, index), (th, tw, 3), make) as tile:
+                with self.tiles.tile((number, index), (th, tw, 3), make, part.size) as tile:
                     part[:] = tile[max(-top, 0) : h - top, max(-left, 0) : w - left]
         return out
 
