@@ -7,8 +7,9 @@ built-in name. Nothing is imported before it is asked for.
 from __future__ import annotations
 
 import difflib
+from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pathcli.errors import UsageError
@@ -98,10 +99,15 @@ def did_you_mean(name: str, names: list[str]) -> str:
     return f"known: {', '.join(names)}"
 
 
+@cache
+def _plugins(kind: str) -> tuple[EntryPoint, ...]:
+    """Ask every installed package, once: it takes as long as opening a slide."""
+    return tuple(entry_points(group=f"pathcli.{kind}"))
+
+
 def names(kind: str) -> list[str]:
     """Return the names of `kind`, built-in ones first, in table order."""
-    plugins = (point.name for point in entry_points(group=f"pathcli.{kind}"))
-    return list(dict.fromkeys([*BUILTIN[kind], *plugins]))
+    return list(dict.fromkeys([*BUILTIN[kind], *(point.name for point in _plugins(kind))]))
 
 
 def resolve(kind: str, name: str) -> Any:  # noqa: ANN401 - components share no base class
@@ -110,7 +116,7 @@ def resolve(kind: str, name: str) -> Any:  # noqa: ANN401 - components share no 
     Raises:
         UsageError: nobody registered `name`, or a plug-in claims a built-in name.
     """
-    plugins = [p for p in entry_points(group=f"pathcli.{kind}") if p.name == name]
+    plugins = [point for point in _plugins(kind) if point.name == name]
     if name in BUILTIN[kind]:
         if plugins:
             owner = plugins[0].dist.name if plugins[0].dist else plugins[0].value

@@ -133,6 +133,32 @@ def test_otsu_is_what_it_was_on_real_thumbnails(
     assert np.array_equal(Otsu().mask(pixels, um), otsu(pixels, um))
 
 
+@pytest.mark.parametrize("limits", [pens._CORES, pens._RIMS])
+def test_every_pixel_is_looked_up_in_the_ranges_of_ink(
+    limits: dict[str, tuple[pens._Range, ...]], rng: np.random.Generator
+) -> None:
+    picture = rng.integers(0, 256, (300, 400, 3)).astype(np.uint8)
+    hsv = cv2.cvtColor(picture, cv2.COLOR_RGB2HSV_FULL).astype(int)
+    found = dict(pens._within(picture, limits))
+    assert list(found) == list(limits)
+    for name, ranges in limits.items():
+        expected = np.zeros(hsv.shape[:2], bool)
+        for (low, high), *others in ranges:
+            hue, (first, last) = (
+                hsv[..., 0],
+                (round(degrees / 360 * 255) for degrees in (low, high)),
+            )
+            inside = (hue >= first) & (hue <= last)
+            if low > high:
+                inside = (hue >= first) | (hue <= last)
+            for channel, (least, most) in enumerate(others, 1):
+                inside &= (hsv[..., channel] >= least) & (hsv[..., channel] <= most)
+            expected |= inside
+        assert np.array_equal(found[name] > 0, expected), name
+    rarest = min(np.count_nonzero(mask) for mask in found.values())
+    assert len(dict(pens._within(picture, limits, rarest + 1))) == len(limits) - 1
+
+
 def test_a_dark_background_is_told_as_by_looking_at_all(rng: np.random.Generator) -> None:
     told = []
     for black in (0.0, 0.4, 0.499, 0.5, 0.501, 0.8, 1.0):
@@ -222,7 +248,7 @@ _SPEED_OR_WORDS = {
     stains: {"SAID"},
     tissue: {"_INKED", "_MOST_LOST", "DARK_BACKGROUND"},
     tissue_methods: {"_INKED", "SAID"},
-    pens: {"PENS"},
+    pens: {"PENS", "_STRIPE_PX"},
     roi: {"SUFFIXES", "_OUTSIDE"},
 }
 PINNED = {"otsu 1, hsv 1, clam 1, auto 1, none 1, flags 1, grid 1": "493f56bb1bbc"}

@@ -1,9 +1,17 @@
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 
 import pytest
 
 from pathcli import registry
 from pathcli.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    registry._plugins.cache_clear()
+    yield
+    registry._plugins.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ class DirectReader:
         level = _level(page)
         self._levels[number] = level
         step = self.downsamples[number]
-        for index in sorted(range(len(level.counts)), key=lambda i: -level.counts[i])[:_TRIED]:
+        for index in np.argsort(np.negative(level.counts), kind="stable")[:_TRIED].tolist():
             row, column = divmod(index, level.across)
             x, y = column * level.tile[0], row * level.tile[1]
             w, h = (min(t, s - a) for t, s, a in zip(level.tile, level.size, (x, y), strict=True))

@@ -87,18 +87,13 @@ def _by_outline(mask: ByteArray, least: float) -> ByteArray:
     kept = mask.copy()
     if not len(outlines):
         return kept
-    _, _, child, parent = tree[0].T
-    after = tree[0][:, 0]
+    parent = tree[0][:, 3]
     steps = np.array([len(line) if len(line) > 1 else 0 for line in outlines])
     area = np.array([cv2.contourArea(line) for line in outlines])
     outer = parent < 0
     cells = np.where(outer, area + steps / 2 + 1, steps / 2 - 1 - area)
     island = np.where(outer, np.arange(len(steps)), parent)
     small = np.bincount(island, cells, minlength=len(steps)) < least
-    for first in np.flatnonzero(outer & small).tolist():
-        lines, hole = [outlines[first]], int(child[first])
-        while hole >= 0:
-            lines.append(outlines[hole])
-            hole = int(after[hole])
-        cv2.drawContours(kept, lines, -1, 0, cv2.FILLED)
+    gone = np.flatnonzero(small[island]).tolist()
+    cv2.drawContours(kept, [outlines[i] for i in gone], -1, 0, cv2.FILLED)
     return kept

@@ -15,6 +15,8 @@ import cv2
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from pathcli.types import ByteArray
@@ -24,6 +26,7 @@ _STROKE_UM = 64.0  # a red or black core is at least this wide: blood and nuclei
 _CORE_MM2 = 0.02  # and any core this large
 _REACH_UM = 2000.0  # a rim ends this far from its core
 _MARGIN_UM = 32.0  # what is left out around ink
+_STRIPE_PX = 32_000  # pixels looked at in one go: they stay in the processor's cache
 
 
 class _Range(NamedTuple):
@@ -67,13 +70,15 @@ def pens(thumbnail: ByteArray, um_per_px: float) -> dict[str, NDArray[np.bool_]]
     height, width = thumbnail.shape[:2]
     factor = min(1.0, um_per_px / WORK_UM)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    small = cv2.resize(thumbnail, size, interpolation=cv2.INTER_AREA)
+    small = thumbnail
+    if size != (width, height):
+        small = np.asarray(cv2.resize(thumbnail, size, interpolation=cv2.INTER_AREA), np.uint8)
     um = um_per_px * width / size[0]
-    hsv = np.asarray(cv2.cvtColor(small, cv2.COLOR_RGB2HSV_FULL), np.uint8)
+    least = _CORE_MM2 / (um / 1000) ** 2
     found = {}
-    for name in PENS:
-        ink = _strokes(hsv, name, um)
-        if ink.any():
+    for name, core in _within(small, _CORES, least):
+        ink = _strokes(small, name, core, um)
+        if ink is not None:
             whole = cv2.resize(ink, (width, height), interpolation=cv2.INTER_NEAREST)
             found[name] = whole.astype(bool)
     return found
@@ -84,40 +89,60 @@ def pen_mask(found: dict[str, NDArray[np.bool_]], shape: tuple[int, ...]) -> NDA
     return np.asarray(np.logical_or.reduce([np.zeros(shape[:2], bool), *found.values()]))
 
 
-def _strokes(hsv: ByteArray, name: str, um: float) -> ByteArray:
+def _strokes(rgb: ByteArray, name: str, core: ByteArray, um: float) -> ByteArray | None:
     """Return the ink of one colour, 0 or 1 [h, w]: cores, the rims they reach, and a margin."""
-    core = _within(hsv, _CORES[name])
-    if not core.any():
-        return core
     if name in _LIKE_TISSUE:
         stroke = _disc(_STROKE_UM / 2 / um)
         core = np.asarray(cv2.morphologyEx(core, cv2.MORPH_OPEN, stroke), np.uint8)
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(core, connectivity=8)
+        if not cv2.hasNonZero(core):
+            return None
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(core, connectivity=8)
     large = stats[:, cv2.CC_STAT_AREA] * (um / 1000) ** 2 >= _CORE_MM2
     large[0] = False
     if name == "black":  # the scanner's border is no pen
-        large &= ~_at_the_edge(stats, hsv.shape)
-    if count < 2 or not large.any():  # noqa: PLR2004 - label 0 is the rest
-        return np.zeros_like(core)
+        large &= ~_at_the_edge(stats, rgb.shape)
+    if not large.any():
+        return None
     core = large[labels].astype(np.uint8)
     near = cv2.distanceTransform(1 - core, cv2.DIST_L2, 3) <= _REACH_UM / um
-    rim = (_within(hsv, _RIMS[name]) & near) | core
+    rim = core.copy()
+    for _, wide in _within(rgb, {name: _RIMS[name]}):
+        rim[(wide > 0) & near] = 1
     _, labels = cv2.connectedComponents(rim, connectivity=8)
     reached = np.unique(labels[core > 0])
     ink = np.isin(labels, reached[reached > 0]).astype(np.uint8)
     return np.asarray(cv2.dilate(ink, _disc(_MARGIN_UM / um)), np.uint8)
 
 
-def _within(hsv: ByteArray, ranges: tuple[_Range, ...]) -> ByteArray:
-    """Return 1 where a pixel lies within one of `ranges`, else 0; uint8 [h, w]."""
-    found = np.zeros(hsv.shape[:2], np.uint8)
-    for (low, high), saturation, value in ranges:
-        for hues in [(low, high)] if low <= high else [(low, 360), (0, high)]:
-            limits = np.array([hues, saturation, value], float)
-            limits[0] *= 255 / 360
-            low_high = limits[:, 0].round(), limits[:, 1].round()
-            found |= np.asarray(cv2.inRange(hsv, *low_high), np.uint8)
-    return np.minimum(found, 1)
+def _within(
+    rgb: ByteArray, limits: dict[str, tuple[_Range, ...]], least: float = 1
+) -> Iterator[tuple[str, ByteArray]]:
+    """Yield a name and the pixels within one of its ranges, if `least` or more; uint8 [h, w].
+
+    A bit stands for a range. Tables say of every value of a channel in which ranges it lies.
+    """
+    tables, bits, bit = np.zeros((256, 1, 3), np.uint8), dict.fromkeys(limits, 0), 1
+    values: NDArray[np.int_] = np.arange(256)
+    for name, ranges in limits.items():
+        for (low, high), saturation, value in ranges:
+            for hues in [(low, high)] if low <= high else [(low, 360), (0, high)]:
+                hue_from, hue_to = (round(degrees * 255 / 360) for degrees in hues)
+                for channel, (first, last) in enumerate(((hue_from, hue_to), saturation, value)):
+                    tables[(values >= first) & (values <= last), 0, channel] |= bit
+                bits[name] |= bit
+                bit <<= 1
+    of_pixels = np.empty(rgb.shape[:2], np.uint8)
+    rows = max(1, _STRIPE_PX // rgb.shape[1])
+    for top in range(0, len(rgb), rows):
+        hsv = cv2.cvtColor(rgb[top : top + rows], cv2.COLOR_RGB2HSV_FULL)
+        of_hue, of_saturation, of_value = cv2.split(cv2.LUT(hsv, tables))
+        of_pixels[top : top + rows] = cv2.bitwise_and(
+            cv2.bitwise_and(of_hue, of_saturation), of_value
+        )
+    count = np.asarray(cv2.calcHist([of_pixels], [0], None, [256], [0, 256])).ravel()
+    for name, its in bits.items():
+        if count[(values & its) > 0].sum() >= least:
+            yield name, of_pixels & np.uint8(its)
 
 
 def _disc(radius_px: float) -> NDArray[Any]:

@@ -79,15 +79,16 @@ def _stain(scan: ByteArray, mask: NDArray[np.bool_]) -> str | None:
     patches of lung and colon, many with altered colours, 14 are named otherwise.
     """
     step = max(1, round((mask.size / _MOST_PX) ** 0.5))
-    part, inside = scan[::step, ::step], mask[::step, ::step]
-    hsv = cv2.cvtColor(np.ascontiguousarray(part), cv2.COLOR_RGB2HSV_FULL)
-    chosen = hsv[inside & (hsv[..., 1] > _COLOURED) & (hsv[..., 2] > 40)]  # noqa: PLR2004 - no border
-    if len(chosen) < _LEAST_PX:
+    hsv = cv2.cvtColor(np.ascontiguousarray(scan[::step, ::step]), cv2.COLOR_RGB2HSV_FULL)
+    hue, saturation, value = cv2.split(hsv)
+    chosen = mask[::step, ::step] & (saturation > _COLOURED) & (value > 40)  # noqa: PLR2004 - no border
+    count = cv2.calcHist([hue], [0], chosen.view(np.uint8), [256], [0, 256]).ravel()
+    if count.sum() < _LEAST_PX:
         return None
-    hue = chosen[:, 0].astype(float) * 360 / 255
-    brown = float(((hue >= _BROWN[0]) & (hue < _BROWN[1])).mean())
-    blue = float(((hue >= _BLUE[0]) & (hue < _BLUE[1])).mean())
-    pink = float(((hue >= _BLUE[1]) | (hue < _BROWN[0])).mean())
+    share, degrees = count / count.sum(), np.arange(256) * 360 / 255
+    brown = share[(degrees >= _BROWN[0]) & (degrees < _BROWN[1])].sum()
+    blue = share[(degrees >= _BLUE[0]) & (degrees < _BLUE[1])].sum()
+    pink = share[(degrees >= _BLUE[1]) | (degrees < _BROWN[0])].sum()
     if pink >= _MOST_PINK:
         return None
     if brown >= _LEAST_BROWN:

@@ -21,7 +21,7 @@ from pathcli.registry import resolve
 from pathcli.slides.masks import odd, smooth_chroma, tidy
 from pathcli.slides.overview import overview
 from pathcli.slides.pens import pen_mask, pens
-from pathcli.slides.stains import dark_background, stain_named, stain_warnings
+from pathcli.slides.stains import dark_background, stain_warnings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,7 +58,7 @@ class Masked(NamedTuple):
 class AdaptiveMethod(Protocol):
     """A `TissueMethod` that tries more than one rule and says which served.
 
-    It is given the scanned part alone, and black backgrounds too.
+    It is given the scanned part alone, and black backgrounds too; of the stain it speaks itself.
     """
 
     def masked(self, scan: ByteArray, um_per_px: float) -> Masked:
@@ -244,7 +244,6 @@ def find_tissue(slide: Slide, spec: TileSpec, mpp: float) -> Tissue:
     else:
         mask = built.mask(thumbnail, um)
         told += _ink_warnings(thumbnail[scan], mask[scan], um)
-    if spec.tissue != "none" and stain_named(told) is None:
         told += stain_warnings(thumbnail[scan], mask[scan])
     return Tissue(mask, thumbnail, scale, told)
 

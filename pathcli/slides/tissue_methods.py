@@ -11,7 +11,7 @@ import numpy as np
 
 from pathcli.slides.masks import chroma_of, odd, tidy
 from pathcli.slides.pens import pen_mask, pens
-from pathcli.slides.stains import SAID, dark_background, stain_named, stain_warnings
+from pathcli.slides.stains import SAID, dark_background, stain_warnings
 from pathcli.slides.tissue import HSV, Masked, Otsu
 
 if TYPE_CHECKING:
@@ -140,8 +140,8 @@ class Auto(Otsu):
         ink = pen_mask(found, scan.shape)
         clean = scan
         told: tuple[str, ...] = ()
-        if ink.mean() > _INKED:
-            told = (f"pen marks left out: {', '.join(found)} ({ink.mean():.1%} of the scan)",)
+        if _share(ink) > _INKED:
+            told = (f"pen marks left out: {', '.join(found)} ({_share(ink):.1%} of the scan)",)
         if found:
             clean = np.where(ink[..., None], np.uint8(255), scan)
 
@@ -149,20 +149,20 @@ class Auto(Otsu):
             return np.asarray(mask & ~ink)
 
         first = free(self.mask(clean, um_per_px))
-        if 0 < first.mean() <= _ALL:
-            if stain_named(stain_warnings(clean, first)):  # the stroma between is nearly grey
+        if 0 < _share(first) <= _ALL:
+            stained = stain_warnings(clean, first)
+            if stained:  # the stroma between is nearly grey
                 first |= free(self._off_glass(clean, um_per_px))
-            return Masked(first, told)
+            return Masked(first, told + stained)
         for name, mask in self._others(clean, um_per_px, nothing=not first.any()):
             other = free(mask)
-            if 0 < other.mean() <= _ALL:
-                share = f"otsu finds {first.mean():.0%} of the scan"
-                return Masked(other, (*told, f"{share}, {name} {other.mean():.1%}, which is used"))
+            if 0 < _share(other) <= _ALL:
+                share = f"otsu finds {_share(first):.0%} of the scan"
+                told += (f"{share}, {name} {_share(other):.1%}, which is used",)
+                return Masked(other, told + stain_warnings(clean, other))
         if not first.any():
-            return Masked(
-                first, (*told, "no tissue by otsu, hsv:bwh_biopsy or distance from glass")
-            )
-        return Masked(first, told)
+            told += ("no tissue by otsu, hsv:bwh_biopsy or distance from glass",)
+        return Masked(first, told + stain_warnings(clean, first))
 
     def _others(self, scan: ByteArray, um_per_px: float, *, nothing: bool) -> Iterator[Named]:
         """Yield the names and masks of the rules to try next."""
@@ -199,6 +199,10 @@ class Auto(Otsu):
         dim = level**2 / 255
         found = smooth > min(max(dim, _DARKEST), _BRIGHTEST)
         return tidy(found, um_per_px, self.close_um, self.min_area_mm2, self.min_hole_mm2)
+
+
+def _share(mask: NDArray[np.bool_]) -> float:
+    return np.count_nonzero(mask) / mask.size
 
 
 def _coarsely(built: HSV, scan: ByteArray, um_per_px: float) -> NDArray[np.bool_]:
