@@ -226,7 +226,7 @@ def test_threads_share_what_they_decode(slide_path: Path, decoded: list[tuple[in
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(read, range(4)))
     assert len(set(decoded)) == 6 * 4
-    assert len(decoded) <= 6 * 4 + 4  # until it is seen that they want the same
+    assert len(decoded) <= 6 * 4 + 6  # until it is seen that they want the same
 
 
 @pytest.mark.parametrize(("size", "step"), [(256, 128), (512, 256), (300, 100)])
@@ -245,19 +245,16 @@ def test_overlapping_regions_decode_a_file_tile_once(
 def test_regions_side_by_side_decode_a_file_tile_once_into_few_places(
     slide_path: Path, decoded: list[tuple[int, int]], offset: int
 ) -> None:
-    slide = fresh(slide_path, decoded)
-    held = []
+    slide, most = fresh(slide_path, decoded), 0
     for y in range(offset, 700, 256):
         for x in range(offset, 1200, 256):
             slide.read((x, y), 0, (256, 256))
-            held.append(slide.tiles.held // (256 * 256 * 3))
+            most = max(most, slide.tiles.held // (256 * 256 * 3))
     assert len(decoded) == len(set(decoded))
-    assert max(held) == (16 if offset else 1)  # at an offset the edges, of which parts are left
+    assert most == (16 if offset else 1)  # at an offset the edges, of which parts are left
 
 
-def test_a_region_visits_file_tiles_in_file_order(
-    slide_path: Path, decoded: list[tuple[int, int]]
-) -> None:
+def test_a_region_visits_file_tiles_in_order(slide_path: Path, decoded: list[tuple]) -> None:
     fresh(slide_path, decoded).read((200, 200), 0, (600, 500))
     assert [index for _, index in decoded] == [0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15]
 
