@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathcli.store import Store, upkeep
 from pathcli.store.entries import key_of
 from pathcli.store.files import part_path
 from pathcli.store.hdf5 import BLOCK_ROWS
+from pathcli.store.numbers import largest, missing
 from pathcli.store.place import LocalPlace
 from pathcli.store.store import item_name
 from pathcli.types import Key
@@ -113,6 +115,47 @@ def test_files_open_as_those_of_the_field(store: Store) -> None:
         assert file["coords"].attrs["patch_size_level0"] == 448
         assert file["features"].attrs["encoder"] == "enc-1"
         assert json.loads(file.attrs["spec"])["size_px"] == 224
+
+
+def test_an_entry_that_takes_the_place_of_a_read_one_is_read(store: Store) -> None:
+    for n in (300, 20, 400):
+        tiles = make_tiles(n)
+        key = fill(store, tiles)
+        for back in (store.features[key], store.features.mapped(key), store.features[key]):
+            assert np.array_equal(back.values, rows(0, n))
+            assert np.array_equal(back.xy, tiles.xy)
+        store.features.remove(key)
+
+
+def test_what_breaks_after_it_was_read_is_found(store: Store) -> None:
+    key = fill(store, make_tiles(300))
+    assert len(store.features[key].values) == 300
+    os.truncate(store.features.path(key), store.features.path(key).stat().st_size - 1)
+    for read in (store.features.__getitem__, store.features.mapped, store.features.verify):
+        with pytest.raises(DataError, match="damaged"):
+            read(key)
+
+
+def test_what_another_program_cut_into_chunks_is_read(store: Store) -> None:
+    key = fill(store, make_tiles(300))
+    with h5py.File(store.features.path(key), "r+") as file:
+        for name in ("features", "coords", "status"):
+            values, told = file[name][:], dict(file[name].attrs)
+            del file[name]
+            file.create_dataset(name, data=values, compression="gzip").attrs.update(told)
+    assert store.features.verify(key) == key
+    for back in (store.features[key], store.features.mapped(key)):
+        assert np.array_equal(back.values, rows(0, 300))
+        assert np.array_equal(back.xy, make_tiles(300).xy)
+
+
+def test_the_largest_magnitude_is_that_of_every_float16() -> None:
+    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    assert np.array_equal(largest(values[:, None]), np.abs(values), equal_nan=True)
+    square = values.reshape(256, 16, 16)
+    for some in (square, square[::3, :, 1:], square.astype(np.float32)):
+        assert np.array_equal(largest(some), np.abs(some).max((1, 2)), equal_nan=True)
+        assert np.array_equal(missing(some), np.isnan(some).any((1, 2)))
 
 
 WRITER = """

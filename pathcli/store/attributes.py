@@ -85,10 +85,10 @@ def tiles_of(attrs: Mapping[str, Any], xy: Any, status: Any) -> Tiles:  # noqa: 
     )
 
 
-def key_in(attrs: Mapping[str, Any], tiles: Tiles) -> Key:
-    """Return the key that a features entry itself says."""
+def key_in(attrs: Mapping[str, Any]) -> Key:
+    """Return the key that a features entry itself says; raises as `tiles_of`."""
     digest = _spec(str(attrs["spec"]))[1]
-    return Key(tiles.item, tiles.slide_mpp, digest, str(attrs["encoder"]))
+    return Key(str(attrs["item"]), float(attrs["slide_mpp"]), digest, str(attrs["encoder"]))
 
 
 @lru_cache(maxsize=64)

@@ -14,13 +14,12 @@ from __future__ import annotations
 import io
 import os
 import zlib
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 import h5py
 import numpy as np
 
-from pathcli.errors import DataError, PathcliError, ResourceError
+from pathcli.errors import DataError, PathcliError
 from pathcli.store.attributes import (
     block_faults,
     coords_attributes,
@@ -28,17 +27,21 @@ from pathcli.store.attributes import (
     entry_attributes,
     features_attributes,
     key_in,
-    later,
     layout,
-    require_format,
-    tiles_of,
 )
 from pathcli.store.files import disk_errors, part_path, publish, require_space, write_bytes
-from pathcli.store.int8 import ScaledRows, as_int8
+from pathcli.store.hdf5_reading import (
+    feature_shape,
+    read_features,
+    read_tile_part,
+    read_tiles,
+    reading,
+)
+from pathcli.store.int8 import as_int8
+from pathcli.store.numbers import largest, missing
 from pathcli.types import Features, TileStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from pathcli.store.place import LocalPlace
@@ -54,47 +57,6 @@ def _write_tile_part(file: h5py.File, tiles: Tiles) -> None:
     coords.attrs["crc32"] = zlib.crc32(np.ascontiguousarray(tiles.xy, np.int32).tobytes())
 
 
-def _open(path: Path) -> h5py.File:
-    try:
-        file = h5py.File(path, "r", locking=False)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if error.errno is not None:  # the system refuses; the bytes may well be whole
-            msg = f"{path}: cannot be read now ({os.strerror(error.errno)})"
-            raise ResourceError(msg) from error
-        raise damaged(path, error) from error
-    try:
-        require_format(file.attrs, path)
-    except DataError:
-        file.close()
-        raise
-    return file
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[h5py.File]:
-    """Open an entry; what its content provokes becomes one clear line."""
-    with _open(path) as file:
-        try:
-            yield file
-        except (KeyError, OSError, ValueError) as error:
-            if getattr(error, "errno", None) is not None:
-                msg = f"{path}: cannot be read now ({error})"
-                raise ResourceError(msg) from error
-            raise damaged(path, error) from error
-        except TypeError as error:  # a specification with a field this version does not know
-            raise later(path, error) from error
-
-
-def _read_tile_part(file: h5py.File, status: Any) -> Tiles:  # noqa: ANN401 - h5py is untyped
-    coords = file["coords"]
-    xy = coords[:]
-    if zlib.crc32(xy) != coords.attrs["crc32"]:
-        raise damaged(file.filename, "coords do not match their checksum")
-    return tiles_of(file.attrs, xy, status)
-
-
 def write_tiles(path: Path, tiles: Tiles) -> None:
     """Write a tiles entry whole or not at all."""
     memory = io.BytesIO()
@@ -102,58 +64,6 @@ def write_tiles(path: Path, tiles: Tiles) -> None:
         _write_tile_part(file, tiles)
         file.create_dataset("status", data=tiles.status.astype(np.uint8))
     write_bytes(path, memory.getvalue(), read_tiles)
-
-
-def read_tiles(path: Path) -> Tiles:
-    """Read a tiles entry.
-
-    Raises:
-        FileNotFoundError: there is none.
-        DataError: it is damaged, foreign or of a newer format.
-        ResourceError: the system does not let it be read.
-    """
-    with _reading(path) as file:
-        return _read_tile_part(file, file["status"][:])
-
-
-def read_features(path: Path, *, mapped: bool = False) -> Features:
-    """Read a features entry; with `mapped`, `values` are read from disk as they are used.
-
-    Raises:
-        FileNotFoundError: there is none.
-        DataError: it is damaged, unfinished, foreign or of a newer format.
-        ResourceError: the system does not let it be read.
-    """
-    with _reading(path) as file:
-        tiles = _read_tile_part(file, file["status"][:])
-        key, done = key_in(file.attrs, tiles), bool(np.all(file["block_crc32"][:]))
-        values = _read_or_map(file, "features", mapped=mapped)
-        if "scales" in file:
-            rows = ScaledRows(values, _read_or_map(file, "scales", mapped=mapped))
-            values = rows if mapped else rows[:]
-    if not (done and len(values) == len(tiles.xy) == len(tiles.status)):
-        raise damaged(path, "unfinished blocks")
-    return Features(key, values, tiles.xy, tiles.status)
-
-
-def _read_or_map(file: h5py.File, name: str, *, mapped: bool) -> Any:  # noqa: ANN401 - an array
-    """Return a dataset as an array, or mapped copy-on-write: the file stays as it is.
-
-    One that lies in one piece is read past HDF5, which is quicker.
-    """
-    data = file[name]
-    if not (offset := data.id.get_offset()):
-        return data[:]
-    if mapped:
-        return np.memmap(file.filename, data.dtype, "c", offset, data.shape)
-    return np.fromfile(file.filename, data.dtype, data.size, offset=offset).reshape(data.shape)
-
-
-def feature_shape(path: Path) -> tuple[tuple[int, ...], int]:
-    """Return the shape of one row and how many rows are unreadable; raises as `read_features`."""
-    with _reading(path) as file:
-        bad = int((file["status"][:] != TileStatus.OK).sum())
-        return tuple(file["features"].shape[1:]), bad
 
 
 def verify_features(path: Path) -> Key:
@@ -165,17 +75,16 @@ def verify_features(path: Path) -> Key:
         DataError: a block is damaged or was never written; otherwise as `read_features`.
     """
     torn = nan = 0
-    with _reading(path) as file:
-        tiles = _read_tile_part(file, file["status"][:])
-        blocks, names = _blocks(len(tiles)), ("features", *({"scales"} & {*file}))
+    with reading(path) as file:
+        tiles = read_tile_part(file, file["status"][:])
+        blocks = _blocks(len(tiles))
+        arrays = [file[name] for name in ("features", *({"scales"} & {*file}))]
         for crc, rows in zip(file["block_crc32"][:], blocks, strict=True):
-            kept = [file[name][rows] for name in names]
-            status, values = tiles.status[rows], kept[-1]
-            missing = np.isnan(values).any(axis=tuple(range(1, values.ndim)))
+            kept, status = [array[rows] for array in arrays], tiles.status[rows]
             whole = crc == _crc(*kept, status)
             torn += not whole
-            nan += whole and not np.array_equal(missing, status != TileStatus.OK)
-        key = key_in(file.attrs, tiles)
+            nan += whole and not np.array_equal(missing(kept[-1]), status != TileStatus.OK)
+        key = key_in(file.attrs)
     if torn or nan:
         raise damaged(path, block_faults(torn, nan, len(blocks)))
     return key
@@ -256,7 +165,7 @@ class FeatureWriter:
     def _resume(self) -> int | None:
         """Return how many leading rows an earlier run left whole, or None to start afresh."""
         try:
-            with _open(self.part) as file:
+            with reading(self.part) as file:
                 same = (
                     file.attrs["encoder"] == self._encoder
                     and file["features"].shape == (self.n, *self.row_shape)
@@ -297,20 +206,20 @@ class FeatureWriter:
             DataError: a value that float16 cannot hold.
             ResourceError: the disk is full.
         """
-        if not np.isfinite(values[status == TileStatus.OK]).all():
+        if not np.isfinite(largest(values)[status == TileStatus.OK]).all():
             msg = f"{self.path.name}: the encoder gave values that are not finite in float16"
             raise DataError(msg)
         start, stop = self._filled, self._filled + len(values)
         kept = as_int8(values) if "scales" in self._layout else (values,)
         for name, part in zip(self._layout, (*kept, status), strict=True):
-            data = np.ascontiguousarray(part, self._layout[name][1]).tobytes()
+            data = np.ascontiguousarray(part, self._layout[name][1])
             self._put(name, start * self._row_bytes[name], data)
         self._filled = stop
         last = len(_blocks(self.n)) if stop == self.n else stop // BLOCK_ROWS
         for i in range(start // BLOCK_ROWS, last):
             self._put("block_crc32", 4 * i, self._block_crc(i).to_bytes(4, "little"))
 
-    def _put(self, name: str, offset: int, data: bytes) -> None:
+    def _put(self, name: str, offset: int, data: Any) -> None:  # noqa: ANN401 - an array, or bytes
         with disk_errors(self.path):
             self._file.seek(self._at[name] + offset)
             self._file.write(data)

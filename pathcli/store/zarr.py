@@ -22,7 +22,8 @@ from pathcli.store.attributes import (
     tiles_of,
 )
 from pathcli.store.int8 import ScaledRows
-from pathcli.store.zarr_arrays import META, Array, Rows, entry_files, missing
+from pathcli.store.numbers import missing
+from pathcli.store.zarr_arrays import META, Array, Rows, entry_files
 from pathcli.store.zarr_writer import ZarrWriter
 from pathcli.types import Features, TileStatus
 
@@ -102,7 +103,7 @@ class Zarr:
             values = ScaledRows(values, group.rows("scales"))  # type: ignore[arg-type]
         if not len(values) == len(tiles) == len(tiles.status):
             raise damaged(group.where, "unfinished blocks")
-        key = key_in(group.attrs, tiles)
+        key = key_in(group.attrs)
         return Features(key, values if mapped else values[:], tiles.xy, tiles.status)
 
     def feature_shape(self, name: str) -> tuple[tuple[int, ...], int]:
@@ -133,7 +134,7 @@ class Zarr:
             nan += not np.array_equal(missing(parts[-1]), tiles.status[rows] != TileStatus.OK)
         if torn or nan:
             raise damaged(group.where, block_faults(torn, nan, len(chunks)))
-        return key_in(group.attrs, tiles)
+        return key_in(group.attrs)
 
     def writer(
         self, name: str, tiles: Tiles, encoder: str, row_shape: tuple[int, ...]

@@ -7,9 +7,11 @@ faster than chunk by chunk through zarr, and picked rows of a local store from m
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from operator import index
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +58,11 @@ class Array:
             raise ValueError(msg)
         return cls(name, shape, str(np.dtype(kind).newbyteorder("<")), grid[0])
 
+    @cached_property
+    def size(self) -> int:
+        """How many bytes the file of a chunk has."""
+        return self.rows * math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize + _CRC
+
     @property
     def chunks(self) -> list[slice]:
         """The rows of each chunk."""
@@ -68,10 +75,10 @@ class Array:
 
     def encode(self, values: Any) -> bytes:  # noqa: ANN401 - an array
         """Return the file of a chunk of at most `rows` rows; those that are missing are 0."""
-        whole = np.zeros((self.rows, *self.shape[1:]), self.dtype)
-        whole[: len(values)] = values
-        data = whole.tobytes()
-        return data + int(google_crc32c.value(data)).to_bytes(_CRC, "little")
+        told = np.zeros(self.size, np.uint8)
+        self._rows_in(told)[: len(values)] = values
+        told[-_CRC:].view("<u4")[0] = google_crc32c.value(told[:-_CRC])
+        return told.tobytes()
 
     def decode(self, data: Any, i: int, *, check: bool = True) -> Any:  # noqa: ANN401 - an array
         """Return the rows of chunk `i` from its file, without copying them.
@@ -80,14 +87,17 @@ class Array:
             ValueError: they do not match their checksum, or are too few.
         """
         told = np.frombuffer(data, np.uint8)
-        shape = self.rows, *self.shape[1:]
-        if len(told) != int(np.prod(shape)) * np.dtype(self.dtype).itemsize + _CRC:
+        if len(told) != self.size:
             msg = f"{self.chunk(i)} has {len(told)} bytes"
             raise ValueError(msg)
         if check and google_crc32c.value(told[:-_CRC]) != int(told[-_CRC:].view("<u4")[0]):
             msg = f"{self.chunk(i)} does not match its checksum"
             raise ValueError(msg)
-        return told[:-_CRC].view(self.dtype).reshape(shape)[: self.shape[0] - i * self.rows]
+        return self._rows_in(told)[: self.shape[0] - i * self.rows]
+
+    def _rows_in(self, told: NDArray[np.uint8]) -> Any:  # noqa: ANN401 - an array
+        """Return the rows that the bytes of chunks hold, those of a checksum being the last."""
+        return told[:-_CRC].view(self.dtype).reshape(-1, *self.shape[1:])
 
 
 class Rows:
@@ -154,11 +164,6 @@ def damage(place: Place, name: str) -> Iterator[None]:
         raise damaged(where, "a chunk is missing") from error
     except ValueError as error:
         raise damaged(where, error) from error
-
-
-def missing(values: Any) -> Any:  # noqa: ANN401 - arrays
-    """Tell which rows are not numbers."""
-    return np.isnan(values).any(axis=tuple(range(1, values.ndim)))
 
 
 def entry_files(

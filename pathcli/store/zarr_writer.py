@@ -11,13 +11,12 @@ from pathcli.errors import DataError
 from pathcli.store.attributes import entry_attributes, layout
 from pathcli.store.files import require_space
 from pathcli.store.int8 import as_int8
+from pathcli.store.numbers import largest, missing
 from pathcli.store.place import LocalPlace
-from pathcli.store.zarr_arrays import Array, Rows, entry_files, missing
+from pathcli.store.zarr_arrays import Array, Rows, entry_files
 from pathcli.types import TileStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     from pathcli.store.place import Place
     from pathcli.types import Tiles
 
@@ -40,7 +39,7 @@ class ZarrWriter:
         kept = layout(encoder, row_shape)
         del kept["status"]
         row_bytes = int(np.prod(row_shape)) * np.dtype(kept["features"][1]).itemsize
-        rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(row_bytes, 1), self.n))
+        self._rows = rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(row_bytes, 1), self.n))
         self._arrays = {
             each: Array(f"{name}/{each}", (self.n, *shape), kind, rows)
             for each, (shape, kind) in kept.items()
@@ -49,7 +48,7 @@ class ZarrWriter:
         self._last = self._files.popitem()
         self._ends = Array(f"{name}/status", (self.n,), "|u1", self.n)
         self._status = np.zeros(self.n, np.uint8)
-        self._block: list[Any] = []
+        self._blocks = [np.empty((rows, *a.shape[1:]), a.dtype) for a in self._arrays.values()]
         there = {file.name for file in place.list(name)}
         done = self._resume(there)
         if done is None:
@@ -92,11 +91,9 @@ class ZarrWriter:
         """Declare that writing starts at `row` (at most `resumed`, and not past the last)."""
         self._filled = row
         self.resumed_bad = int((self._status[:row] != TileStatus.OK).sum())
-        self._block = []
-        array = next(iter(self._arrays.values()))
-        start = row // array.rows * array.rows
-        if start < row:
-            self._block = [Rows(self.place, a)[start:row] for a in self._arrays.values()]
+        start = row // self._rows * self._rows
+        for array, block in zip(self._arrays.values(), self._blocks, strict=True):
+            block[: row - start] = Rows(self.place, array)[start:row]
 
     def write(self, values: Any, status: Any) -> None:  # noqa: ANN401 - arrays
         """Append float16 rows [k, *row_shape] and their status uint8 [k].
@@ -105,31 +102,26 @@ class ZarrWriter:
             DataError: a value that float16 cannot hold.
             ResourceError: the place is full, refuses or is away.
         """
-        if not np.isfinite(values[status == TileStatus.OK]).all():
+        if not np.isfinite(largest(values)[status == TileStatus.OK]).all():
             name = self.name.rpartition("/")[2]
             msg = f"{name}: the encoder gave values that are not finite in float16"
             raise DataError(msg)
         if not np.array_equal(missing(values), status != TileStatus.OK):
             msg = f"{self.name}: rows of unreadable tiles must be NaN"
             raise DataError(msg)
-        parts: Sequence[Any] = as_int8(values) if "scales" in self._arrays else (values,)
-        if self._block:
-            parts = [np.concatenate(both) for both in zip(self._block, parts, strict=True)]
         self._status[self._filled : self._filled + len(values)] = status
-        start = self._filled + len(values) - len(parts[0])
-        self._filled += len(values)
-        self._block = list(self._flush(parts, start))
-
-    def _flush(self, parts: Sequence[Any], start: int) -> Iterator[Any]:
-        """Write the chunks that are full; yield what is left of each array."""
-        end = start + len(parts[0])
-        for array, values in zip(self._arrays.values(), parts, strict=True):
-            at = start
-            while end - at >= array.rows or at < end == self.n:
-                some = values[at - start : at - start + array.rows]
-                self.place.write(array.chunk(at // array.rows), array.encode(some))
-                at += len(some)
-            yield values[at - start :]
+        parts: tuple[Any, ...] = as_int8(values) if "scales" in self._arrays else (values,)
+        while len(parts[0]):
+            start = self._filled % self._rows
+            count = min(self._rows - start, len(parts[0]))
+            for block, part in zip(self._blocks, parts, strict=True):
+                block[start : start + count] = part[:count]
+            parts = tuple(part[count:] for part in parts)
+            self._filled += count
+            if start + count == self._rows or self._filled == self.n:
+                for array, block in zip(self._arrays.values(), self._blocks, strict=True):
+                    data = array.encode(block[: start + count])
+                    self.place.write(array.chunk((self._filled - 1) // self._rows), data)
 
     def discard(self) -> None:
         """Throw away what was written: the next run starts afresh."""
