@@ -14,14 +14,15 @@ import os
 import re
 import tempfile
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from pathcli import __version__
 from pathcli.cards import CARDS, OPENAI, Asset, Card, Hub, Source, Wheel
-from pathcli.errors import DataError, NewerError, PathcliError, ResourceError, UsageError
+from pathcli.errors import DataError, PathcliError, ResourceError, UsageError
+from pathcli.manifests import FORMAT, MANIFEST, MOVABLE, Bundled, File, read_manifest
 from pathcli.recipe import check_recipe
 from pathcli.store.files import disk_errors
 from pathcli.weights import HUB_BELOW, HUB_FILES, cache_root, card, find, sha256
@@ -33,40 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pathcli")
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 HUB = "hf:"
 """How the name of a repository of the hub begins that has no card."""
-_MOVABLE = {"weights": "XDG_CACHE_HOME", "hub": "HF_HUB_CACHE"}
-
-
-@dataclass(frozen=True)
-class File:
-    """One file of a bundle: its place below the folder, its length and SHA-256."""
-
-    path: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Bundled:
-    """One model of a bundle; without files it ships with pathcli.
-
-    `state` is what was done with it: bundled, shipped, unpacked, or here (it was already).
-    """
-
-    name: str
-    licence: str
-    what: str
-    source: Mapping[str, Any]
-    files: tuple[File, ...]
-    state: str = "bundled"
-
-    @property
-    def size(self) -> int:
-        """Return the length of its files in bytes."""
-        return sum(file.bytes for file in self.files)
 
 
 def bundle(names: Sequence[str], out: Path) -> list[Bundled]:
@@ -108,7 +77,7 @@ def unpack(folder: Path) -> list[Bundled]:
         ResourceError: there is no such folder, it cannot be read, or the disk is full.
         DataError: it is no bundle, was not copied whole, or another file is where one belongs.
     """
-    models = _read(folder / MANIFEST)
+    models = read_manifest(folder / MANIFEST)
     files = list(dict.fromkeys(file for model in models for file in model.files))
     _check_sources(folder, models)
     _check_files(folder, files)
@@ -271,38 +240,6 @@ def _copy(source: Path, target: Path) -> str:
 # --- a bundle that came -------------------------------------------------------------------
 
 
-def _read(path: Path) -> list[Bundled]:
-    """Read a manifest and check that it names no place outside the caches."""
-    if not path.parent.is_dir():
-        msg = f"{path.parent}: no such folder"
-        raise ResourceError(msg)
-    try:
-        manifest = json.loads(path.read_bytes())
-        if manifest["format"] > FORMAT:
-            msg = f"{path}: bundle format {manifest['format']}, this pathcli reads {FORMAT}; "
-            raise NewerError(msg + "update pathcli")
-        models = []
-        for model in manifest["models"]:
-            told = [File(str(f["path"]), int(f["bytes"]), str(f["sha256"])) for f in model["files"]]
-            more = {"name": str(model["name"]), "files": tuple(told)}
-            models.append(Bundled(**(model | more)))
-    except FileNotFoundError:
-        msg = f"{path.parent}: no bundle (it has no {MANIFEST}), or not copied whole"
-        raise DataError(msg) from None
-    except OSError as error:
-        msg = f"{path}: cannot be read ({error.strerror})"
-        raise ResourceError(msg) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        msg = f"{path}: damaged; copy the bundle again"
-        raise DataError(msg) from error
-    for file in chain.from_iterable(model.files for model in models):
-        parts = file.path.split("/")
-        if parts[0] not in _MOVABLE or {"", ".", ".."} & set(parts) or {"\\", ":"} & set(file.path):
-            msg = f"{path}: names a place outside the caches ({file.path}); nothing was unpacked"
-            raise DataError(msg)
-    return models
-
-
 def _check_sources(folder: Path, models: Sequence[Bundled]) -> None:
     """Refuse models that this pathcli looks for elsewhere, and files that are not theirs."""
     for model in models:
@@ -371,7 +308,7 @@ def _place(folder: Path, files: Sequence[File]) -> None:
     roots, moves = _roots(), []
     with ExitStack() as stack:
         for which in sorted({file.path.partition("/")[0] for file in files}):
-            stack.enter_context(disk_errors(roots[which], _MOVABLE[which]))
+            stack.enter_context(disk_errors(roots[which], MOVABLE[which]))
             roots[which].mkdir(parents=True, exist_ok=True)
             temporary = tempfile.TemporaryDirectory(dir=roots[which], prefix=".unpack-")
             staged = Path(stack.enter_context(temporary))

@@ -12,7 +12,8 @@ import collections.abc
 import inspect
 import json
 import re
-from dataclasses import dataclass, replace
+import shlex
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,11 +34,12 @@ ASKED = "???"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as plain values; `text` is the file with its comments."""
+    """A recipe as plain values; `text` is the file with its comments, `given` paths set since."""
 
     name: str
     values: Mapping[str, Any]
     text: str = ""
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def task(self) -> str:
@@ -67,7 +69,7 @@ class Recipe:
                     at[parent] = {}
                 at = at[parent]
             at[last] = value
-        return replace(self, values=values)
+        return replace(self, values=values, given=self.given | dotted.keys())
 
     def to_yaml(self) -> str:
         """Return the values as YAML."""
@@ -105,11 +107,7 @@ def recipes_folder() -> Path:
 
 def list_recipes() -> list[Recipe]:
     """Return the shipped recipes, by name."""
-    return [_read(path) for path in sorted(recipes_folder().rglob("*.yaml"), key=_name)]
-
-
-def _name(path: Path) -> str:
-    return path.stem
+    return [_read(path) for path in sorted(recipes_folder().rglob("*.yaml"), key=lambda p: p.stem)]
 
 
 def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
@@ -214,6 +212,7 @@ class _Check:
         self.resolved: dict[str, Any] = {"version": VERSION, "task": recipe.task}
         self.task: Any = None
         self.absent: ResourceError | None = None  # no fault of the recipe
+        self._given = recipe.given
         values = dict(recipe.values)
         if values.pop("version", None) != VERSION:
             self.faults.append(f"version: must be {VERSION}")
@@ -293,7 +292,10 @@ class _Check:
         """Check a section's arguments one by one; all go to `resolved`, defaults too."""
         takes, arguments = _arguments(factory), {}
         if not any(p.kind is p.VAR_KEYWORD for p in _parameters(factory)):
-            self._unknown(f"{section}.", given, list(takes))
+            if "kind" in resolved and f"{section}.kind" in self._given:
+                self.faults += _misfit(section, resolved["kind"], given, list(takes))
+            else:
+                self._unknown(f"{section}.", given, list(takes))
         for name, parameter in takes.items():
             path = f"{section}.{name}"
             if given.get(name) == ASKED:
@@ -327,6 +329,15 @@ class _Check:
             for name in given
             if name not in known
         ]
+
+
+def _misfit(section: str, kind: str, given: Mapping[str, Any], known: list[str]) -> list[str]:
+    """Return the fault of a section whose kind alone was set: what to write instead of it."""
+    kept = {"kind": kind} | {name: given[name] for name in given if name in known}
+    text = ", ".join(f"{name}: {json.dumps(value)}" for name, value in kept.items())
+    strange = ", ".join(str(name) for name in given if name not in known)
+    told = f"{section}: {kind} takes no {strange} (known: {', '.join(known)}); without: --set "
+    return [f"{told}{shlex.quote(f'{section}={{{text}}}')}"] * bool(strange)
 
 
 def _absolute(value: Any) -> Any:  # noqa: ANN401 - YAML values

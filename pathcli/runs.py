@@ -246,7 +246,8 @@ _TRIED = 4
 def try_batch(recipe: Recipe, *, store: Store | None = None) -> dict[str, Any]:
     """Read the data of a recipe's first seed and take one loss on the CPU; return what was seen.
 
-    The loss is of a batch of at most 4 rows, however large the recipe's is.
+    The loss is of a batch of at most 4 rows, however large the recipe's is; of a module that
+    can say why a batch teaches nothing (`idle(batch)`, "" if it does), of the first that does.
 
     Raises:
         PathcliError: as `train` does.
@@ -255,14 +256,19 @@ def try_batch(recipe: Recipe, *, store: Store | None = None) -> dict[str, Any]:
     task.prepare(store or Store(), device="cpu", progress=lambda _: silent)
     set_seed(task.train.seeds[0])
     work: Work = task.begin(task.train.seeds[0])
-    few = replace(task.train, batch=min(_TRIED, task.train.batch))
-    piece, *_ = Batches(work.examples, work.collate, few)[0, 0]
+    few = replace(task.train, batch=min(_TRIED, task.train.batch), chunk=None)
+    batches = Batches(work.examples, work.collate, few)
+    idle: Callable[[Any], str] = getattr(work.module, "idle", lambda _: "")
+    for number in range(batches.count):
+        (piece,) = batches[0, number]
+        if not (why := idle(piece)):
+            break
     work.module.train()
     loss = work.module.loss(piece)  # type: ignore[operator]
     weights = sum(p.numel() for p in work.module.parameters() if p.requires_grad)
     seen = {"examples": len(work.examples), "trainable weights": weights, "loss": loss.item()}
     seen |= {k: len(v) for k, v in work.facts.items() if isinstance(v, list) or k == "missing"}
-    return seen | {"warnings": "; ".join(work.facts.get("warnings", ()))}
+    return seen | {"warnings": "; ".join([*work.facts.get("warnings", ()), *[why] * bool(why)])}
 
 
 def sample_view(recipe: Recipe) -> list[tuple[str, str]]:

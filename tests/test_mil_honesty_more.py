@@ -21,7 +21,8 @@ from pathcli.errors import UsageError
 from pathcli.evals import mil_scores
 from pathcli.evals.mil import Evaluation, mil_eval
 from pathcli.evals.mil_errors import worst_errors
-from pathcli.evals.mil_report import Measurements, cohort_flow, mil_report, write_evaluation
+from pathcli.evals.mil_pages import cohort_flow
+from pathcli.evals.mil_report import Measurements, mil_report, write_evaluation
 from pathcli.evals.mil_scores import Scores, compare, measure_all
 from pathcli.metrics.classification import macro_auroc
 from pathcli.mil import bags as bags_module

@@ -293,13 +293,15 @@ def test_a_folder_of_lesions_that_is_not_there_is_refused(
     assert "no such folder" in err
 
 
-def test_a_run_on_patients_warns_that_a_slide_is_alone(
-    home: Path, trained: Run, tmp_path: Path
+@pytest.mark.parametrize("several", [True, False])
+def test_a_run_on_patients_of_several_slides_warns_that_a_slide_is_alone(
+    home: Path, trained: Run, tmp_path: Path, *, several: bool
 ) -> None:
-    facts = {**trained.facts, "bag": "patient"}
+    names = [f"patient of {slide}" for slide in trained.facts["split"]["train"]]
+    facts = {**trained.facts, "bag": "patient", "train": names[several:]}
     patient = Run(trained.folder, trained.recipe, trained.metrics, {"facts": facts})
     shown = Predictor(patient, Store(home / "store"), out=tmp_path)(home / "new.tif")
-    assert any("a slide is alone" in text for text in shown.warnings)
+    assert any("a slide is alone" in text for text in shown.warnings) == several
 
 
 def test_a_slide_that_was_learnt_from_is_no_test(home: Path, trained: Run, tmp_path: Path) -> None:

@@ -71,11 +71,12 @@ def mil_eval(
     With labels the runs were trained on, their own test split is used; with other labels it
     is an external validation on all slides. Runs of mil-regression or mil-survival are tested
     on their columns. Writes report.html, report.json and predictions.csv. --set changes what
-    --train trains.
+    --train trains: --set outcome.column=COLUMN a value, outcome.time and outcome.event survival.
     """
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.evals.mil import mil_eval as evaluate  # noqa: PLC0415
     from pathcli.evals.mil_outcome import asks_for_outcome, outcome_eval  # noqa: PLC0415
+    from pathcli.evals.mil_outcome_train import outcome_recipe, refuse_unsaid  # noqa: PLC0415
     from pathcli.registry import resolve  # noqa: PLC0415
 
     o.check(None, device)
@@ -86,18 +87,20 @@ def mil_eval(
     given: dict[str, Any] = {"runs": runs, "heads": head, "encoder": encoder, "slides": slides}
     given |= {"allow_leak": allow_leak, "store": o.open_store(store), "device": device}
     folder = out / f"mil-eval-{Path(benchmark).stem}"
-    if asks_for_outcome(benchmark, runs, head, encoder):
+    given |= {"train_missing": train, "settings": settings or ()}
+    said = train and outcome_recipe(settings or ())
+    if said or asks_for_outcome(benchmark, runs, head, encoder):
         refuse_of_classes(labels, settings, train=train)
         with show.progress(0, unit="steps") as start:
             outcome = outcome_eval(benchmark, progress=lambda name: start(0, name), **given)
-        _print_outcome(outcome, folder, json=json)
+        _print(outcome, folder, json=json)
         return
+    if train:
+        refuse_unsaid(benchmark, settings or ())
     with show.progress(0, unit="steps") as start:
         found = evaluate(
             benchmark,
             labels=labels,
-            train_missing=train,
-            settings=settings or (),
             specificity=specificity,
             progress=lambda name: start(0, name),
             **given,
@@ -106,42 +109,53 @@ def mil_eval(
 
 
 def refuse_of_classes(labels: Path | None, settings: list[str] | None, *, train: bool) -> None:
-    """Refuse options that only classes have.
+    """Refuse options that only classes have, or that need --train.
 
     Raises:
         UsageError: there is one.
     """
     from pathcli.errors import UsageError  # noqa: PLC0415
 
-    given = {"--labels": labels, "--train": train, "--set": settings}
-    if wrong := [name for name, value in given.items() if value]:
-        msg = f"{', '.join(wrong)}: not for runs of a value or of survival; train these with: "
-        raise UsageError(msg + "pathcli train --recipe mil-regression (or mil-survival)")
+    if labels:
+        msg = "--labels: not for runs of a value or of survival; their table is the argument"
+        raise UsageError(msg)
+    if settings and not train:
+        msg = "--set changes what --train trains; give both, or neither"
+        raise UsageError(msg)
 
 
-def _print_outcome(found: OutcomeEvaluation, folder: Path, *, json: bool) -> None:
+def _print(found: Evaluation | OutcomeEvaluation, folder: Path, *, json: bool) -> None:
     """Measure, write the report's files, and print what they say."""
     from pathcli.cli import show  # noqa: PLC0415
-    from pathcli.evals.mil_outcome_report import (  # noqa: PLC0415
-        outcome_report,
-        outcome_rows,
-        write_outcomes,
-    )
+    from pathcli.evals import mil_outcome_report as of_outcome  # noqa: PLC0415
+    from pathcli.evals import mil_report as of_classes  # noqa: PLC0415
+    from pathcli.evals.mil import Evaluation  # noqa: PLC0415
     from pathcli.evals.mil_outcome_scores import measure_outcomes  # noqa: PLC0415
     from pathcli.report import as_json  # noqa: PLC0415
     from pathcli.types import NOTICE  # noqa: PLC0415
 
-    numbers = measure_outcomes(found)
-    report = outcome_report(found, numbers)
+    numbers: Measurements | OutcomeMeasurements
     command = shlex.join(["pathcli", *sys.argv[1:]])
-    page = write_outcomes(folder, found, numbers, report, command)
+    if isinstance(found, Evaluation):
+        numbers = of_classes.measure_evaluation(found)
+        report = of_classes.mil_report(found, numbers)
+        page = of_classes.write_evaluation(folder, found, numbers, report, command)
+        rows = of_classes.metric_rows(found, numbers)
+        title, by = "mean over seeds [95 % interval], sd over seeds", ", AUROC"
+    else:
+        numbers = measure_outcomes(found)
+        report = of_outcome.outcome_report(found, numbers)
+        page = of_outcome.write_outcomes(folder, found, numbers, report, command)
+        rows = of_outcome.outcome_rows(found, numbers)
+        title, by = f"{found.what}: mean over seeds [95 % interval]", ""
     _warn(found, page)
     if json:
         show.as_json(as_json(report) | {"report": str(page)})
         return
-    show.table(outcome_rows(found, numbers), title=f"{found.what}: mean over seeds [95 % interval]")
-    show.table(_compared(numbers), title="heads against each other")
-    show.say(f"{NOTICE} Open {page}")
+    show.table(rows, title=title)
+    show.table(_compared(numbers), title=f"heads against each other{by}")
+    positive = report.provenance.get("positive_class")
+    show.say(f"{NOTICE}" + (f" Positive is {positive}." if positive else "") + f" Open {page}")
 
 
 def _warn(found: Evaluation | OutcomeEvaluation, page: Path) -> None:
@@ -154,32 +168,6 @@ def _warn(found: Evaluation | OutcomeEvaluation, page: Path) -> None:
         if scores.cohort.missing:
             of = f"{len(scores.cohort.missing)} of {len(scores.cohort.table.rows)} slides"
             show.warn(f"{scores.name}: {of} have no features; {page} names them")
-
-
-def _print(found: Evaluation, folder: Path, *, json: bool) -> None:
-    """Measure, write the report's files, and print what they say."""
-    from pathcli.cli import show  # noqa: PLC0415
-    from pathcli.evals.mil_report import (  # noqa: PLC0415
-        measure_evaluation,
-        metric_rows,
-        mil_report,
-        write_evaluation,
-    )
-    from pathcli.report import as_json  # noqa: PLC0415
-    from pathcli.types import NOTICE  # noqa: PLC0415
-
-    numbers = measure_evaluation(found)
-    report = mil_report(found, numbers)
-    command = shlex.join(["pathcli", *sys.argv[1:]])
-    page = write_evaluation(folder, found, numbers, report, command)
-    _warn(found, page)
-    if json:
-        show.as_json(as_json(report) | {"report": str(page)})
-        return
-    show.table(metric_rows(found, numbers), title="mean over seeds [95 % interval], sd over seeds")
-    show.table(_compared(numbers), title="heads against each other, AUROC")
-    say = report.provenance["positive_class"]
-    show.say(f"{NOTICE}" + (f" Positive is {say}." if say else "") + f" Open {page}")
 
 
 def _compared(numbers: Measurements | OutcomeMeasurements) -> list[dict[str, Any]]:

@@ -10,8 +10,8 @@ import typer
 from pathcli.cli import options as o
 
 if TYPE_CHECKING:
-    from pathcli.bundles import Bundled
     from pathcli.cards import Card
+    from pathcli.manifests import Bundled
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="A name that `models list` prints.")]

@@ -35,7 +35,8 @@ def predict(
 
     Writes predictions.csv and for each slide a heatmap, attention for QuPath, and the most
     (upper row) and least attended tiles; of survival also the curve. Features in the store are
-    not computed again. With --lesions also how well attention finds them.
+    not computed again; a run on imported ones finds those of the slides there. With --lesions
+    also how well attention finds them.
     """
     from pathcli.cli import show  # noqa: PLC0415
     from pathcli.cli.batch import finish, run_batch  # noqa: PLC0415
@@ -60,7 +61,7 @@ def predict(
     write_predictions(out / "predictions.csv", results)
     rows = [
         {"slide": Path(r["path"]).name, "prediction": r["prediction"], **r["probabilities"]}
-        | {"tiles": r["tiles"], "heatmap": r["files"]["heatmap"]}
+        | {"tiles": r["tiles"], "heatmap": r["files"].get("heatmap", "none")}
         for r in done.results
     ]
     if done.results:

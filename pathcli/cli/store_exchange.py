@@ -109,7 +109,9 @@ def import_(
     slides: Annotated[
         Path | None,
         typer.Option(
-            "--slides", help="The slides, for what the files do not say of them.", metavar="DIR"
+            "--slides",
+            help="Folder or list of the slides, for what the files do not say of them.",
+            metavar="DIR|CSV",
         ),
     ] = None,
     mpp: Annotated[
@@ -137,7 +139,7 @@ def import_(
         path,
         encoder=encoder,
         mpp=mpp,
-        slide=None if slides is None else known_slides(o.folder(slides) or slides),
+        slide=None if slides is None else known_slides(slides),
     )
     batch = run_batch([Found(name) for name in ready.names], _one_by_one(ready), None)
     rows = [_row(result) | {"restored": result["restored"]} for result in batch.results]
@@ -200,29 +202,38 @@ def _classes(labels: Path | None) -> dict[str, int] | None:
     return {row.slide: table.index(row) for row in table.rows if row.label is not None}
 
 
-def known_slides(folder: Path) -> Callable[[str], Known | None]:
-    """Return what looks up a folder's slides by their names; each is opened once, when asked for.
+def known_slides(place: Path) -> Callable[[str], Known | None]:
+    """Return what looks up slides of a folder or a list by name; each is opened once, when asked.
 
     Raises:
-        DataError: there is no slide in the folder.
+        ResourceError: there is no such folder or list.
+        DataError: it names no slide.
     """
     from contextlib import closing  # noqa: PLC0415
 
-    from pathcli.errors import DataError  # noqa: PLC0415
+    from pathcli.errors import DataError, ResourceError  # noqa: PLC0415
     from pathcli.slides.discovery import discover  # noqa: PLC0415
     from pathcli.slides.readers import open_slide  # noqa: PLC0415
     from pathcli.store.peers.parcel import Known  # noqa: PLC0415
     from pathcli.types import MPP_RANGE  # noqa: PLC0415
 
+    if not place.exists():
+        msg = f"{place}: no such folder or list of slides"
+        raise ResourceError(msg)
     files: dict[str, list[Found]] = {}
-    for found in discover([str(folder)]):
+    for found in discover([str(place)]):
         files.setdefault(PurePath(str(found.checked().path)).stem, []).append(found)
 
     @cache
     def look_up(name: str) -> Known | None:
         mine = files.get(name, [])
         if len(mine) > 1:
-            msg = f"{name}: {len(mine)} slides of {folder} have this name"
+            named = " and ".join(str(found.path) for found in mine[:2])
+            more = f" and {len(mine) - 2} more" * (len(mine) > 2)  # noqa: PLR2004 - two are shown
+            msg = (
+                f"{name}: {named}{more} have this name; import what belongs to each from a folder "
+                "of its own, with --slides that folder's slides, or a list (CSV, header wsi)"
+            )
             raise DataError(msg)
         if not mine:
             return None

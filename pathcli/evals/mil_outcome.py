@@ -17,7 +17,8 @@ import torch
 
 from pathcli.device import pick_device
 from pathcli.errors import DataError, ResourceError, UsageError
-from pathcli.evals.mil import experiment, head_of
+from pathcli.evals.mil import HEADS, experiment, head_of
+from pathcli.evals.mil_outcome_train import columns_of, recipe_for
 from pathcli.evals.mil_runs import count_reading, find_features, score_runs
 from pathcli.evals.mil_scores import Scores, Tested
 from pathcli.mil.bags import Bags
@@ -27,7 +28,7 @@ from pathcli.mil.sheets import read_sheet
 from pathcli.mil.targets import OutcomeTable, has_columns, has_slides, read_outcome
 from pathcli.mil.task import load_head
 from pathcli.recipe import build_part
-from pathcli.runs import Run, find_runs
+from pathcli.runs import Run, find_runs, train
 from pathcli.store import Store
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def asks_for_outcome(
     if name in BENCHMARKS or not path.is_file() or not runs.is_dir():
         return False
     there = [r for r in find_runs(runs) if r.recipe.task in {"mil", TASK}]
-    there = [r for r in there if _wanted(r, heads, encoder)]
+    there = [r for r in there if _wanted(r, heads, encoder)] or there
     own = [r for r in there if r.recipe.values["data"]["labels"] == str(path)]
     kinds = {r.recipe.task for r in own or there if r.recipe.task == "mil" or _reads(r, path)}
     if len(kinds) > 1 and own:
@@ -138,6 +139,8 @@ def outcome_eval(
     heads: Sequence[str] | None = None,
     encoder: str | None = None,
     slides: Path | None = None,
+    train_missing: bool = False,
+    settings: Sequence[str] = (),
     allow_leak: bool = False,
     store: Store | None = None,
     device: str = "auto",
@@ -151,19 +154,27 @@ def outcome_eval(
         heads: which heads, by registered name (default: all that have runs).
         encoder: only runs on features of this encoder.
         slides: folder or list of slides; without it features are looked up in the store.
+        train_missing: train what is not there, by `mil-regression` or `mil-survival`.
+        settings: `section.key=value` for the recipes of `train_missing`; those of the section
+            `outcome` say which it is, and which runs are tested.
         allow_leak: only warn of patients the runs have seen.
         store: where features are found or put (default: the user's store).
         device: auto, cpu, cuda, cuda:1 or mps.
         progress: called with a name, gives the callback of one part of the work.
 
     Raises:
-        UsageError: the runs learnt different things.
+        UsageError: the runs learnt different things, or nothing says what is to be learnt.
         DataError: the table is wrong, or a patient of it was trained on.
         ResourceError: no runs or no features.
     """
     path, kept = Path(name).expanduser().absolute(), store or Store()
-    tested = []
-    for label, (group, own) in _groups(path, runs, heads, encoder).items():
+    columns, tested = columns_of(settings), []
+    if train_missing:
+        there = {head_of(run) for run in _fit(path, runs, heads, encoder, columns)[0]}
+        for head in [h for h in heads or ([] if there else HEADS) if h not in there]:
+            recipe = recipe_for(path, head, encoder, slides, settings)
+            train(recipe, out=runs, store=kept, device=device, progress=progress)
+    for label, (group, own) in _groups(path, runs, heads, encoder, columns).items():
         table = _table(group[0], path, own=own)
         cohort = find_features(group[0], table, kept, slides, device=device, progress=progress)
         score = _Scorer(cohort, table, pick_device(device))
@@ -172,8 +183,32 @@ def outcome_eval(
     return OutcomeEvaluation(name, tuple(tested), count_reading(kept, tested))
 
 
+def _fit(
+    path: Path,
+    runs: Path,
+    heads: Sequence[str] | None,
+    encoder: str | None,
+    columns: tuple[str, ...] | None,
+) -> tuple[list[Run], bool]:
+    """Return the runs that a table can test, and whether it is theirs: of those only, if any."""
+    fit = [
+        run
+        for run in (find_runs(runs) if runs.is_dir() else [])
+        if run.recipe.task == TASK
+        and _wanted(run, heads, encoder)
+        and columns in {None, tuple(run.facts["outcome"]["columns"])}
+        and _reads(run, path)
+    ]
+    own = [run for run in fit if _own(run, path)]
+    return own or fit, bool(own)
+
+
 def _groups(
-    path: Path, runs: Path, heads: Sequence[str] | None, encoder: str | None
+    path: Path,
+    runs: Path,
+    heads: Sequence[str] | None,
+    encoder: str | None,
+    asked: tuple[str, ...] | None,
 ) -> Mapping[str, tuple[list[Run], bool]]:
     """Return the runs by name of head, with whether the table is theirs; never pooled unlike.
 
@@ -181,19 +216,17 @@ def _groups(
         ResourceError: there is none of a head that was asked for.
         UsageError: they learnt different columns.
     """
-    fit = [r for r in find_runs(runs) if r.recipe.task == TASK and _wanted(r, heads, encoder)]
-    fit = [r for r in fit if _reads(r, path)]
-    own = [r for r in fit if _own(r, path)]
-    columns = {tuple(r.facts["outcome"]["columns"]) for r in own or fit}
+    fit, own = _fit(path, runs, heads, encoder, asked)
+    columns = {tuple(r.facts["outcome"]["columns"]) for r in fit}
     if len(columns) > 1:
         told = " and ".join(sorted("/".join(each) for each in columns))
         msg = f"the runs in {runs} learnt {told}; give a folder of one of them as --runs"
         raise UsageError(msg)
-    if absent := [head for head in heads or () if head not in {head_of(r) for r in own or fit}]:
+    if absent := [head for head in heads or () if head not in {head_of(r) for r in fit}]:
         msg = f"no finished run of {', '.join(absent)} for {path.name} in {runs}; train with: "
         raise ResourceError(msg + f"pathcli train --recipe ... --set head.kind={absent[0]}")
     groups: dict[str, list[Run]] = {}
-    for run in own or fit:
+    for run in fit:
         groups.setdefault(experiment(run), []).append(run)
     plain = [head_of(group[0]) for group in groups.values()]
     named: dict[str, tuple[list[Run], bool]] = {}
@@ -203,7 +236,7 @@ def _groups(
         label = head if plain.count(head) == 1 else f"{head} {kind}"
         label = f"{label} in {where}" if label in named else label
         label = f"{label} ({experiment(group[0])[:6]})" if label in named else label
-        named[label] = group, bool(own)
+        named[label] = group, own
     return named
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,87 +11,47 @@ import numpy as np
 from pathcli.evals.mil_outcome import runs_of
 from pathcli.evals.mil_outcome_scores import parted, risk_groups
 from pathcli.evals.mil_pages import (
-    cohort_flow,
     flow_section,
     lead,
     repeat_sections,
+    report_of,
     rounded,
-    source_of,
+    sizes_of,
 )
 from pathcli.evals.patch_report import interval_text
 from pathcli.metrics.survival import kaplan_meier, logrank
 from pathcli.mil.outcome_charts import Survived, scatter_chart, survival_chart
 from pathcli.mil.outcome_task import run_outcome
-from pathcli.report import Section, html_page, json_text, metric, versions
-from pathcli.runs import git_commit
+from pathcli.report import Section, html_page, json_text
 from pathcli.store.files import write_bytes
-from pathcli.types import NOTICE, Report
+from pathcli.types import NOTICE
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pathcli.evals.mil_outcome import OutcomeEvaluation
     from pathcli.evals.mil_outcome_scores import OutcomeMeasurements
-    from pathcli.evals.mil_scores import Measured, Scores
+    from pathcli.evals.mil_scores import Scores
+    from pathcli.types import Report
 
 
 def outcome_report(found: OutcomeEvaluation, numbers: OutcomeMeasurements) -> Report:
     """Return metrics by `<head>.<metric>`, a row a head, and where all came from."""
-    metrics = {
-        f"{s.name}.{name}": _metric(measured)
-        for s in found.heads
-        for name, measured in numbers.heads[s.name].items()
-    }
-    rows = [
-        {"head": s.name, **_sizes(s)}
-        | {name: rounded(m.interval.value) for name, m in numbers.heads[s.name].items()}
-        | {f"{name}_sd": rounded(m.spread) for name, m in numbers.heads[s.name].items()}
-        for s in found.heads
-    ]
-    table = found.heads[0].cohort.table
-    return Report(
-        title=f"{Path(found.name).name}: {found.what}",
-        metrics=metrics,
-        rows=tuple(rows),
-        provenance={
-            "labels": {"source": table.source, "digest": table.digest},
-            "columns": found.what,
-            "unit": found.unit,
-            "kind": {s.name: s.kind for s in found.heads},
-            "drawn_anew": {s.name: s.unit for s in found.heads},
-            "test_slides_of_patients_learnt_from": {s.name: s.shared for s in found.heads},
-            "test_slides_read_times": found.times,
-            "blind": {
-                head: {name: rounded(x) for name, x in blind.items()}
-                for head, blind in numbers.blind.items()
-            },
-            "risk_groups": {s.name: risk_groups(s) for s in found.heads if found.survival},
-            "flow": cohort_flow(found),
-            "missing": {s.name: dict(s.cohort.missing) for s in found.heads},
-            "comparisons": [
-                {k: rounded(v) if isinstance(v, float) else v for k, v in row.items()}
-                for row in numbers.pairs
-            ],
-            "runs": {s.name: [source_of(t) for t in s.tested] for s in found.heads},
-            "warnings": list(found.warnings),
-            "git": git_commit(),
-            "versions": versions(),
+    more = {
+        "columns": found.what,
+        "unit": found.unit,
+        "blind": {
+            head: {name: rounded(x) for name, x in blind.items()}
+            for head, blind in numbers.blind.items()
         },
-    )
-
-
-def _metric(measured: Measured) -> dict[str, float | None]:
-    found = measured.interval
-    return metric(rounded(found.value), rounded(found.low), rounded(found.high), found.n)
+        "risk_groups": {s.name: risk_groups(s) for s in found.heads if found.survival},
+    }
+    return report_of(found, numbers, found.what, sizes=_sizes, more=more)
 
 
 def _sizes(scores: Scores) -> dict[str, Any]:
-    """Return how many seeds, bags a seed, patients and events stand behind a head's row."""
-    tested = runs_of(scores)
-    bags = sorted({len(t.names) for t in tested})
-    sizes = {
-        "seeds": len(tested),
-        "bags a seed": bags[0] if len(bags) == 1 else f"{bags[0]}-{bags[-1]}",
-        f"{scores.unit}s in all": len(set(scores.units)),
-    }
+    """Return what stands behind a head's row; of survival the events, too."""
+    sizes, tested = sizes_of(scores), runs_of(scores)
     if run_outcome(tested[0].run)[0].survival:
         sizes["events, all seeds"] = int(sum(t.targets[:, 1].sum() for t in tested))
     return sizes

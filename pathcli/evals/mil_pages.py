@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pathcli.report import Section, pairs
+from pathcli.report import Section, metric, pairs, versions
+from pathcli.runs import git_commit
 from pathcli.types import Report, digest
 from pathcli.weights import sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from pathcli.evals.mil_scores import Scores, Tested
+    from pathcli.evals.mil_scores import Measured, Scores, Tested
 
 
 class Tried(Protocol):
     """An evaluation: heads with their scores, and how often these test slides were read."""
+
+    @property
+    def name(self) -> str:
+        """The benchmark, or the table."""
+        ...
 
     @property
     def heads(self) -> Sequence[Scores]:
@@ -28,6 +35,83 @@ class Tried(Protocol):
     def times(self) -> int | None:
         """In this store, this time included; None if it could not be counted."""
         ...
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What the report should say of splits, labels and counts."""
+        ...
+
+
+class Numbers(Protocol):
+    """What was measured: metrics by head, and the comparisons of heads."""
+
+    @property
+    def heads(self) -> Mapping[str, Mapping[str, Measured]]:
+        """Metrics by head."""
+        ...
+
+    @property
+    def pairs(self) -> Sequence[Mapping[str, Any]]:
+        """Comparisons."""
+        ...
+
+
+def report_of(
+    found: Tried,
+    numbers: Numbers,
+    what: str,
+    *,
+    sizes: Callable[[Scores], Mapping[str, Any]],
+    count: Callable[[Scores, str, int], int] = lambda _, __, n: n,
+    more: Mapping[str, Any],
+) -> Report:
+    """Return metrics by `<head>.<metric>`, a row a head, and where all came from.
+
+    Args:
+        found: the evaluation.
+        numbers: its measurements.
+        what: what was predicted, for the title.
+        sizes: what stands behind a head's row.
+        count: the units behind a metric, from head, metric and those of its interval.
+        more: further provenance.
+    """
+    metrics, rows = {}, []
+    for s in found.heads:
+        rows.append({"head": s.name, **sizes(s)})
+        for name, m in numbers.heads[s.name].items():
+            low, value, high = map(rounded, (m.interval.low, m.interval.value, m.interval.high))
+            metrics[f"{s.name}.{name}"] = metric(value, low, high, count(s, name, m.interval.n))
+            rows[-1] |= {name: value, f"{name}_sd": rounded(m.spread)}
+    table = found.heads[0].cohort.table
+    provenance = {
+        "labels": {"source": table.source, "digest": table.digest},
+        **more,
+        "kind": {s.name: s.kind for s in found.heads},
+        "drawn_anew": {s.name: s.unit for s in found.heads},
+        "test_slides_of_patients_learnt_from": {s.name: s.shared for s in found.heads},
+        "test_slides_read_times": found.times,
+        "flow": cohort_flow(found),
+        "missing": {s.name: dict(s.cohort.missing) for s in found.heads},
+        "comparisons": [
+            {k: rounded(v) if isinstance(v, float) else v for k, v in row.items()}
+            for row in numbers.pairs
+        ],
+        "runs": {s.name: [source_of(t) for t in s.tested] for s in found.heads},
+        "warnings": list(found.warnings),
+        "git": git_commit(),
+        "versions": versions(),
+    }
+    return Report(f"{Path(found.name).name}: {what}", metrics, tuple(rows), provenance)
+
+
+def sizes_of(scores: Scores) -> dict[str, Any]:
+    """Return how many seeds, bags a seed, and independent units stand behind a head's row."""
+    bags = sorted({len(t.names) for t in scores.tested})
+    return {
+        "seeds": len(scores.tested),
+        "bags a seed": bags[0] if len(bags) == 1 else f"{bags[0]}-{bags[-1]}",
+        f"{scores.unit}s in all": len(set(scores.units)),
+    }
 
 
 def rounded(value: float) -> float | None:

@@ -5,33 +5,26 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pathcli.charts import Line, chart
 from pathcli.evals.mil_errors import worst_errors
-from pathcli.evals.mil_pages import (
-    cohort_flow,
-    flow_section,
-    lead,
-    repeat_sections,
-    rounded,
-    source_of,
-)
+from pathcli.evals.mil_pages import flow_section, lead, repeat_sections, report_of, sizes_of
 from pathcli.evals.mil_scores import compare, confusions, mean_curve, measure_all
 from pathcli.evals.patch_report import interval_text
 from pathcli.metrics.calibration import reliability
-from pathcli.report import Section, html_page, json_text, metric, versions
-from pathcli.runs import git_commit
+from pathcli.report import Section, html_page, json_text
 from pathcli.store.files import write_bytes
-from pathcli.types import NOTICE, Report
+from pathcli.types import NOTICE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from pathcli.evals.mil import Evaluation
     from pathcli.evals.mil_scores import Measured, Scores
     from pathcli.mil.benchmarks import Benchmark
+    from pathcli.types import Report
 
 _TWO = 2
 
@@ -51,54 +44,19 @@ def measure_evaluation(found: Evaluation) -> Measurements:
 
 def mil_report(found: Evaluation, numbers: Measurements) -> Report:
     """Return metrics by `<head>.<metric>`, a row a head, and where all came from."""
-    metrics = {
-        f"{s.name}.{name}": _metric(s, name, measured)
-        for s in found.heads
-        for name, measured in numbers.heads[s.name].items()
+    more = {
+        "classes": list(found.classes),
+        "positive_class": found.classes[1] if len(found.classes) == _TWO else None,
+        "specificity_asked": found.specificity,
+        "confusion": {s.name: confusions(s).round(2).tolist() for s in found.heads},
     }
-    rows = [
-        {"head": s.name, **_sizes(s)}
-        | {name: rounded(m.interval.value) for name, m in numbers.heads[s.name].items()}
-        | {f"{name}_sd": rounded(m.spread) for name, m in numbers.heads[s.name].items()}
-        for s in found.heads
-    ]
-    labels = found.heads[0].cohort.table
-    return Report(
-        title=f"{Path(found.name).name}: slide classification",
-        metrics=metrics,
-        rows=tuple(rows),
-        provenance={
-            "labels": {"source": labels.source, "digest": labels.digest},
-            "classes": list(found.classes),
-            "positive_class": found.classes[1] if len(found.classes) == _TWO else None,
-            "kind": {s.name: s.kind for s in found.heads},
-            "drawn_anew": {s.name: s.unit for s in found.heads},
-            "test_slides_of_patients_learnt_from": {s.name: s.shared for s in found.heads},
-            "test_slides_read_times": found.times,
-            "specificity_asked": found.specificity,
-            "flow": cohort_flow(found),
-            "missing": {s.name: dict(s.cohort.missing) for s in found.heads},
-            "comparisons": [
-                {k: rounded(v) if isinstance(v, float) else v for k, v in row.items()}
-                for row in numbers.pairs
-            ],
-            "confusion": {s.name: confusions(s).round(2).tolist() for s in found.heads},
-            "runs": {s.name: [source_of(t) for t in s.tested] for s in found.heads},
-            "warnings": list(found.warnings),
-            "git": git_commit(),
-            "versions": versions(),
-        },
-    )
+    what = "slide classification"
+    return report_of(found, numbers, what, sizes=_sizes, count=_count, more=more)
 
 
 def _sizes(scores: Scores) -> dict[str, Any]:
-    """Return how many seeds, bags a seed, and independent units stand behind a head's row."""
-    bags = sorted({len(t.names) for t in scores.tested})
-    sizes = {
-        "seeds": len(scores.tested),
-        "bags a seed": bags[0] if len(bags) == 1 else f"{bags[0]}-{bags[-1]}",
-        f"{scores.unit}s in all": len(set(scores.units)),
-    }
+    """Return what stands behind a head's row; of two classes the positive bags, too."""
+    sizes = sizes_of(scores)
     if scores.classes == _TWO:
         sizes["positive bags, all seeds"] = int(scores.labels.sum())
     return sizes
@@ -107,12 +65,12 @@ def _sizes(scores: Scores) -> dict[str, Any]:
 _OF_CLASS = {"sensitivity": 1, "specificity": 0}
 
 
-def _metric(scores: Scores, name: str, measured: Measured) -> dict[str, float | None]:
-    found, n = measured.interval, measured.interval.n
-    if name in _OF_CLASS:
-        units = zip(scores.units, scores.labels, strict=True)
-        n = len({unit for unit, label in units if label == _OF_CLASS[name]})
-    return metric(rounded(found.value), rounded(found.low), rounded(found.high), n)
+def _count(scores: Scores, name: str, n: int) -> int:
+    """Return the units behind a metric: of one class, where it is of one."""
+    if name not in _OF_CLASS:
+        return n
+    units = zip(scores.units, scores.labels, strict=True)
+    return len({unit for unit, label in units if label == _OF_CLASS[name]})
 
 
 def write_evaluation(

@@ -62,6 +62,19 @@ class Learner(torch.nn.Module):
         """Return the loss of a few bags."""
         return self.loss_of(*self.embed(bags))
 
+    def idle(self, bags: Sequence[Bag]) -> str:
+        """Return why a batch teaches nothing, "" if it does: nobody outlived an event in it."""
+        rows = [self.targets[bag.slides[0]] for bag in bags]
+        if not self.outcome.joint or any(
+            event and any(other[0] >= time for j, other in enumerate(rows) if j != i)
+            for i, (time, event) in enumerate(rows)
+        ):
+            return ""
+        return (
+            f"the loss is 0, and says nothing: among these {len(rows)} patients no event has "
+            "another patient still at risk; training compares train.batch of them"
+        )
+
     def embed(self, bags: Sequence[Bag]) -> tuple[torch.Tensor, ...]:
         """Return logits [b, s, k] of all streams, their weights [b, s], penalties [b], targets."""
         device, wide = self.device, torch.float64

@@ -18,10 +18,11 @@ from pathcli.errors import DataError
 from pathcli.metrics.froc import auc_in_lesion, froc
 from pathcli.metrics.statistics import bootstrap
 from pathcli.mil.heatmap import draw_heatmap, extreme_tiles, strip, write_attention_geojson
+from pathcli.mil.imported import Imports, is_imported, is_placed
 from pathcli.mil.lesions import detections, evaluation_lesions, inside
 from pathcli.mil.outcome_charts import write_survival
 from pathcli.mil.outcome_task import TASK, say, scope
-from pathcli.mil.task import fingerprint, load_head, read_bags, run_encoder, softmax
+from pathcli.mil.task import load_head, read_bags, run_encoder, softmax
 from pathcli.runs import read_run
 from pathcli.slides.annotations import read_lesions
 from pathcli.slides.overlay import save_png
@@ -31,7 +32,7 @@ from pathcli.store.files import disk_errors, write_bytes
 from pathcli.types import NOTICE, Bag, TileSpec, TileStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -109,7 +110,11 @@ class Predictor:
         self.head = load_head(run, self.device)
         self.spec = TileSpec.from_json(run.facts["tiles"])
         built = run_encoder(run, encoder)
-        self.embedder = Embedder(built, store or Store(), device=self.device)
+        kept = store or Store()
+        self.embedder = Embedder(built, kept, device=self.device)
+        self.imports = (
+            Imports(kept, built.id, self.spec, run.facts["dim"]) if is_imported(built.id) else None
+        )
 
     def __call__(
         self,
@@ -122,31 +127,29 @@ class Predictor:
         """Predict one slide, and draw where the head looked.
 
         Raises:
-            DataError: not a slide, no usable resolution, no tile on tissue.
+            DataError: not a slide, no usable resolution, no tile on tissue; of a run on imported
+                features, none that fit were imported for it.
             ResourceError: no weights, no space.
         """
-        made = self.embedder(
-            path, spec=self.spec, mpp=mpp, mpp_source=mpp_source, progress=progress
-        )
-        if made.tiles == made.unreadable:
-            msg = f"{path}: no tile to predict from; pathcli tile {path} shows why"
-            raise DataError(msg)
-        features = self.embedder.store.features.mapped(made.key)
-        tiles = replace(made.tiling.tiles, status=features.status)
+        how = {"mpp": mpp, "mpp_source": mpp_source, "progress": progress}
+        cut, features, encoded, warnings = self._features(path, how)
+        tiles = replace(cut, status=features.status)
         bags = [_bag(features)]
         _, logits, attention = next(read_bags(self.head, bags, torch.device(self.device)))
         with closing(open_slide(path)) as slide:
             lesions = self._lesions(path, slide)
             files = self._draw(slide, tiles, attention, lesions or [])
+        if not files:
+            lesions = None  # nobody knows where the tiles end
         shown = Predicted(
             path=str(path),
             item=tiles.item,
-            tiles=made.tiles,
-            encoded=made.encoded,
+            tiles=len(tiles),
+            encoded=encoded,
             prediction="",
             probabilities={},
             files=files,
-            warnings=(*made.warnings, *self._scope(tiles.item, lesions)),
+            warnings=(*warnings, *self._scope(tiles.item, lesions)),
         )
         shown = self._of_outcome(shown, logits) if self.outcome else self._of_class(shown, logits)
         if lesions is None:
@@ -156,6 +159,21 @@ class Predictor:
             return shown
         positive = 1 - next(iter(shown.probabilities.values()))  # the first class has no lesion
         return replace(shown, candidates=_candidates(tiles, attention * positive, lesions))
+
+    def _features(
+        self, path: Path | str, how: Mapping[str, Any]
+    ) -> tuple[Tiles, Features, int, Sequence[str]]:
+        """Return a slide's tiles and features, how many are new, and what to say of them."""
+        if self.imports:
+            with closing(open_slide(path)) as slide:
+                tiles, features, told = self.imports(slide.info)
+            return tiles, features, 0, told
+        made = self.embedder(path, spec=self.spec, **how)
+        if made.tiles == made.unreadable:
+            msg = f"{path}: no tile to predict from; pathcli tile {path} shows why"
+            raise DataError(msg)
+        features = self.embedder.store.features.mapped(made.key)
+        return made.tiling.tiles, features, made.encoded, made.warnings
 
     @property
     def outcome(self) -> bool:
@@ -187,10 +205,13 @@ class Predictor:
     def _scope(self, item: str, lesions: list[Any] | None) -> list[str]:
         scope, facts = [], self.run.facts
         learnt = [*facts["split"]["train"], *facts["split"]["val"]]
-        files = {fingerprint(facts["store"][s]) for s in learnt if s in facts["store"]}
-        if item.rpartition("-")[2] in files:
+        items = [facts["store"][s].rpartition("@")[0] for s in learnt if s in facts["store"]]
+        # what was imported without the slide is known by its name
+        part = 0 if self.imports else 2
+        if item.rpartition("-")[part] in {known.rpartition("-")[part] for known in items}:
             scope += ["the run has learnt from this slide: what it says here is no test of it"]
-        if self.run.facts["bag"] == "patient":
+        slides = [slide for slide in facts["split"]["train"] if slide in facts["store"]]
+        if facts["bag"] == "patient" and len(slides) > len(facts["train"]):
             scope += [
                 "the run was trained on patients with all their slides; here a slide is alone"
             ]
@@ -214,6 +235,8 @@ class Predictor:
     def _draw(
         self, slide: Slide, tiles: Tiles, attention: NDArray[np.float32], lesions: list[Any]
     ) -> dict[str, str]:
+        if not is_placed(tiles.spec):
+            return {}
         name = tiles.item
         files = {
             "heatmap": self.out / f"{name}.heatmap.png",

@@ -206,6 +206,14 @@ def own_rows(table: Sheet, target: str) -> tuple[list[Row], tuple[str, ...]]:
     Raises:
         DataError: a column or cell is missing, or a slide is there twice, and differently.
     """
+    if table.find(SLIDE) is None and table.find(CASE) is not None:
+        known = ", ".join(head for head in table.header if head and head != target)
+        label = "" if table.find((target,)) is not None else " and data.target=COLUMN, its label's"
+        msg = (
+            f"{table.path}: the header has no column {SLIDE[0]!r} (but {known}); a table of "
+            f"patients needs data.slide_table=FILE, too, with columns PATIENT,FILENAME{label}"
+        )
+        raise DataError(msg)
     cases, labels = table.filled(CASE), table.filled((target,))
     columns = zip(cases, table.filled(SLIDE), labels, table.optional(SITE), strict=True)
     made = [

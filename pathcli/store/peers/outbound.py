@@ -58,9 +58,14 @@ class Export(AbstractContextManager["Export"]):
             scores: table of measurements, for GeoJSON.
 
         Raises:
-            UsageError: an unknown format, or several encoders or specifications to choose from.
+            UsageError: an unknown format, several encoders or specifications to choose from, or
+                `out` is a file.
             DataError: no features, or no such slide.
         """
+        own = form == "acmil" and out.suffix == ".h5"  # one file of all slides
+        if file := next((p for p in (out, *out.parents)[own:] if p.is_file()), None):
+            msg = f"{file}: a file; OUT is a folder, there already or not; give another"
+            raise UsageError(msg)
         self.store, self.out, self.overwrite = store, out, overwrite
         self._form = formats.of(form)
         self._more: dict[str, Any] = {"labels": labels, "scores": scores}
