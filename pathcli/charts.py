@@ -66,6 +66,7 @@ def chart(
 def drawing(size: tuple[float, float], draw: Callable[[Axes], None]) -> str:
     """Return what `draw` puts on the axes of a figure of `size` inches, as SVG text."""
     import matplotlib as mpl  # noqa: PLC0415 - costs a second
+    from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     svg = {"svg.hashsalt": "pathcli", "svg.fonttype": "none"}
@@ -75,6 +76,6 @@ def drawing(size: tuple[float, float], draw: Callable[[Axes], None]) -> str:
         figure = Figure(figsize=size, layout="constrained", dpi=200)
         draw(figure.add_subplot())
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})  # savefig draws twice
     drawn = text.getvalue()
     return drawn[drawn.index("<svg") :]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +23,18 @@ from pathcli.store import Store
 from pathcli.types import Slide
 from pathcli.weights import find
 
+ASIDE = "PATHCLI_TESTS_ASIDE"
+"""Where all goes that is not below `tmp_path`; processes that are started here know it by this."""
+
+if ASIDE not in os.environ:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # what failed is kept
+    os.environ[ASIDE] = tempfile.mkdtemp(prefix="pathcli-")
+    Path(os.environ[ASIDE]).chmod(0o711)  # a test is another user
+    atexit.register(shutil.rmtree, os.environ[ASIDE], ignore_errors=True)
+tempfile.tempdir = os.environ["TMPDIR"] = os.environ[ASIDE]
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # both are read once, when the hub's client is imported
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="pathcli-no-hub-")
+os.environ["HF_HOME"] = str(Path(os.environ[ASIDE], "no-hub"))
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
@@ -29,6 +42,28 @@ settings.load_profile("shared machine")
 DATA = Path(os.environ.get("PATHCLI_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SIZE = (1500, 1100)
 TISSUE_BOX = (256, 192, 640, 512)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for garbage neither while all is imported nor, later, among what was imported."""
+    gc.disable()
+    result = yield
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    return result
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have xdist keep the order below; by itself it deals the files of fewest tests last."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of most slow tests, so that all processes of a run end together."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 _opened: list[Slide] = []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from accelerate.utils import set_seed
 from PIL import Image
 from safetensors.torch import load_file
 from test_align import TINY, Patches, align, batch, bert, built, samples, task
+from two import in_two_processes
 
 from pathcli import registry
 from pathcli.data.corpus import Corpus
@@ -269,15 +268,7 @@ def process(rank: int, folder: str, bert: str) -> None:
 def test_two_processes_have_the_loss_and_gradients_of_the_joint_batch(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = "import sys, test_align_task as t; t.process(int(sys.argv[1]), *sys.argv[2:])"
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(tmp_path), str(bert)],
-            cwd=Path(__file__).parent,
-        )
-        for rank in range(2)
-    ]
-    assert [one.wait(timeout=240) for one in running] == [0, 0]
+    in_two_processes("test_align_task", tmp_path, bert)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     alone = step(bert, slice(0, 5), monkeypatch, wrapped=False)
     assert len(alone) > 30

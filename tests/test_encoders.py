@@ -152,8 +152,11 @@ def test_quick_gelu_changes_features_and_id(tiny: Path, images: Any, monkeypatch
 def test_a_mismatched_checkpoint_is_refused_with_the_architecture_that_fits(
     tmp_path: Path, open_clip: Any, torch: Any
 ) -> None:
-    model = open_clip.create_model("ViT-B-32", pretrained=None)
-    torch.save(model.state_dict(), tmp_path / "b32.pt")
+    with torch.device("meta"):
+        model = open_clip.create_model("ViT-B-32", load_weights=False, device="meta")
+    none = torch.zeros(())
+    state = {name: none.expand(value.shape) for name, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "b32.pt")
     encoder = build_encoder("pathgen-clip", checkpoint=tmp_path / "b32.pt")
     with pytest.raises(DataError, match="use --encoder open_clip:ViT-B-32"):
         encoder.load("cpu")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -188,22 +189,31 @@ def test_ctrl_c_ends_the_command_in_one_line_whatever_its_processes_do(
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    if when == "it encodes":
-        while not list(Path(store.root).rglob("*.h5.part")) and time.monotonic() < deadline:
-            time.sleep(0.1)
-    else:
-        while len(children(child.pid)) < 3 and time.monotonic() < deadline:
-            time.sleep(0.02)  # the tracker and two processes
-        time.sleep(0.5)
-    begun = time.monotonic()
-    os.killpg(child.pid, signal.SIGINT)
-    _, err = child.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        if when == "it encodes":
+            while not list(Path(store.root).rglob("*.h5.part")) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        else:
+            while len(children(child.pid)) < 3 and time.monotonic() < deadline:
+                time.sleep(0.02)  # the tracker and two processes
+            time.sleep(0.5)
+        begun = time.monotonic()
+        os.killpg(child.pid, signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):  # it has ended, as it should
+            os.killpg(child.pid, signal.SIGKILL)
     assert time.monotonic() - begun < 20
     assert child.returncode == 130
     assert "interrupted; what was finished is kept" in err
     assert "Traceback" not in err
     assert not list(Path(store.root).rglob("*.lease"))
+
+
+def test_a_signal_between_a_writer_s_start_and_its_block_ends_the_process() -> None:
+    code = "from pathcli.encoders.writing import Writing; Writing(None).__enter__(); exit(3)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 3
 
 
 def children(pid: int) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from accelerate.utils import set_seed
 from PIL import Image
 from tiny_plip import COLOURS, WORDS, bert_folder, images, model, started
 from torch.nn.functional import normalize
+from two import in_two_processes
 
 from pathcli.data.corpus import Corpus
 from pathcli.encoders.augment import Augment
@@ -263,15 +262,7 @@ def process(rank: int, folder: str, bert: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_one_model_and_fill_one_queue(bert: Path, tmp_path: Path) -> None:
-    code = "import sys, test_itc_itm as t; t.process(int(sys.argv[1]), *sys.argv[2:])"
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(tmp_path), str(bert)],
-            cwd=Path(__file__).parent,
-        )
-        for rank in range(2)
-    ]
-    assert [one.wait(timeout=240) for one in running] == [0, 0]
+    in_two_processes("test_itc_itm", tmp_path, bert)
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name

@@ -1,16 +1,14 @@
 """The objectives against closed forms, open_clip, and one process with the joint batch."""
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from two import in_two_processes
 
 from pathcli.errors import DataError
 from pathcli.objectives import (
@@ -271,12 +269,7 @@ def process(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("processes")
-    call = f"import test_objectives as t, sys; t.process(int(sys.argv[1]), {str(folder)!r})"
-    running = [
-        subprocess.Popen([sys.executable, "-c", call, str(rank)], cwd=Path(__file__).parent)
-        for rank in range(2)
-    ]
-    assert [one.wait(timeout=120) for one in running] == [0, 0]
+    in_two_processes("test_objectives", folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -34,7 +34,8 @@ class Writing:
         self._writer = writer
         self._waiting: queue.Queue[tuple[torch.Tensor, Batch] | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._write, name="writer")
+        # nobody waits for it where a signal strikes between its start and the block
+        self._thread = threading.Thread(target=self._write, name="writer", daemon=True)
 
     def put(self, features: torch.Tensor, batch: Batch) -> None:
         """Have the features [b, *row_shape] of a batch written, on whatever device they are.
