@@ -75,7 +75,8 @@ def drawing(size: tuple[float, float], draw: Callable[[Axes], None]) -> str:
         warnings.simplefilter("ignore", UserWarning)  # the browser has the glyphs
         figure = Figure(figsize=size, layout="constrained", dpi=200)
         draw(figure.add_subplot())
+        canvas: Any = FigureCanvasSVG(figure)  # matplotlib does not type it; savefig draws twice
         text = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})  # savefig draws twice
+        canvas.print_svg(text, metadata={"Date": None})
     drawn = text.getvalue()
     return drawn[drawn.index("<svg") :]
