@@ -36,6 +36,7 @@ bench: install
 	$(BIN)/python benchmarks/reading.py
 	$(BIN)/python benchmarks/tissue.py
 	$(BIN)/python benchmarks/embedding.py --network micro
+	$(BIN)/python benchmarks/embedding.py --network micro --step 42
 	$(BIN)/python benchmarks/embedding.py --network vit-b16
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/store.py
