@@ -1,13 +1,7 @@
-"""A batch of patients that are compared: shared out over processes, and tried by a check.
-
-Started as a program, this file is one of two processes: see `main`.
-"""
+"""A batch of patients that are compared: shared out over processes, and tried by a check."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +9,7 @@ import pytest
 import torch
 from cohorts import put, values
 from outcomes import recipe, write
+from two import in_two_processes
 
 from pathcli.mil.outcome_task import Learner
 from pathcli.mil.outcomes import Cox
@@ -57,8 +52,9 @@ def gradient(module: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
-def main(rank: int, folder: Path) -> None:
+def process(rank: int, place: str) -> None:
     """Take one step on this process's half of the batch, as the trainer does."""
+    folder = Path(place)
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2
@@ -75,22 +71,7 @@ def main(rank: int, folder: Path) -> None:
 def test_two_processes_have_the_cox_loss_and_gradient_of_one_with_the_joint_batch(
     tmp_path: Path,
 ) -> None:
-    code = f"import {Path(__file__).stem} as t, sys, pathlib; "
-    code += "t.main(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
-    own = Path(__file__).parent
-    places = os.pathsep.join([str(own), str(own.parent)])
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(tmp_path)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    for process in started:
-        _, told = process.communicate(timeout=100)
-        assert process.returncode == 0, told[-2000:]
+    in_two_processes("test_outcome_batches", tmp_path)
     alone = learner()
     loss = alone.loss(bags())
     loss.backward()
