@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,57 @@ def test_an_entry_that_takes_the_place_of_a_read_one_is_read(store: Store) -> No
         store.features.remove(key)
 
 
+def test_an_entry_replaced_while_it_is_being_opened_is_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = fill(store, make_tiles(300))
+    path, fstat = store.features.path(key), os.fstat
+
+    def replaced(handle: int) -> os.stat_result:
+        (other := path.with_suffix(".other")).write_bytes(path.read_bytes())
+        other.replace(path)
+        return fstat(handle)
+
+    monkeypatch.setattr("pathcli.store.hdf5_reading.os.fstat", replaced)
+    for back in (store.features[key], store.features.mapped(key)):
+        assert np.array_equal(back.values, rows(0, 300))
+
+
+def test_an_entry_rewritten_in_place_with_its_old_time_is_read_anew(store: Store) -> None:
+    tiles, whole = make_tiles(300), []
+    for each in (tiles, replace(tiles, xy=tiles.xy + 1)):
+        key = fill(store, each)
+        whole.append((path := store.features.path(key)).read_bytes())
+        path.unlink()
+    path.write_bytes(whole[0])
+    assert np.array_equal(store.features[key].xy, tiles.xy)
+    old = path.stat().st_mtime_ns
+    time.sleep(0.02)  # clocks of file systems tick more slowly than they tell
+    path.write_bytes(whole[1])
+    os.utime(path, ns=(old, old))
+    assert np.array_equal(store.features[key].xy, tiles.xy + 1)
+
+
+def test_an_entry_of_no_tiles_is_written_and_read(store: Store) -> None:
+    key = store.features.verify(fill(store, make_tiles(0)))
+    for back in (store.features[key], store.features.mapped(key)):
+        assert (back.values.shape, back.xy.shape) == ((0, D), (0, 2))
+
+
 def test_what_breaks_after_it_was_read_is_found(store: Store) -> None:
     key = fill(store, make_tiles(300))
     assert len(store.features[key].values) == 300
     os.truncate(store.features.path(key), store.features.path(key).stat().st_size - 1)
+    for read in (store.features.__getitem__, store.features.mapped, store.features.verify):
+        with pytest.raises(DataError, match="damaged"):
+            read(key)
+
+
+def test_damage_to_the_list_of_arrays_is_told_as_damage(store: Store) -> None:
+    key = fill(store, make_tiles(300))
+    with store.features.path(key).open("r+b") as file:
+        file.seek(file.read().index(b"HEAP") + 16)  # where the free part of the names begins
+        file.write(b"\3")
     for read in (store.features.__getitem__, store.features.mapped, store.features.verify):
         with pytest.raises(DataError, match="damaged"):
             read(key)

@@ -153,6 +153,7 @@ class Auto(Otsu):
             stained = stain_warnings(clean, first)
             if stained:  # the stroma between is nearly grey
                 first |= free(self._off_glass(clean, um_per_px))
+                stained = stain_warnings(clean, first)
             return Masked(first, told + stained)
         for name, mask in self._others(clean, um_per_px, nothing=not first.any()):
             other = free(mask)

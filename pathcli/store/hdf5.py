@@ -160,7 +160,7 @@ class FeatureWriter:
 
     def _locate(self, file: h5py.File) -> None:
         names = (*self._layout, "block_crc32")
-        self._at = {name: int(file[name].id.get_offset()) for name in names}
+        self._at = {name: file[name].id.get_offset() or 0 for name in names}
 
     def _resume(self) -> int | None:
         """Return how many leading rows an earlier run left whole, or None to start afresh."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -33,7 +33,7 @@ def _faults(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (KeyError, OSError, ValueError) as error:
+    except (KeyError, OSError, RuntimeError, ValueError) as error:  # h5py raises them all
         if number := getattr(error, "errno", None):  # the system refuses; the bytes may be whole
             msg = f"{path}: cannot be read now ({os.strerror(number)})"
             raise ResourceError(msg) from error
@@ -43,9 +43,12 @@ def _faults(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[h5py.File]:
-    """Open an entry; what is wrong with it becomes one clear line, also within the block."""
-    with _faults(path), h5py.File(path, "r", locking=False) as file:
+def reading(path: Path, opened: BinaryIO | None = None) -> Iterator[h5py.File]:
+    """Open an entry; what is wrong with it becomes one clear line, also within the block.
+
+    With `opened` it is that file which is read, whatever lies at `path` by now.
+    """
+    with _faults(path), h5py.File(opened or path, "r", locking=False) as file:
         require_format(file.attrs, path)
         yield file
 
@@ -95,17 +98,25 @@ class _Layout:
         return values
 
 
-def _state(found: os.stat_result) -> tuple[int, ...]:
-    """Return what changes when a file does, or when another takes its place."""
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+@dataclass(frozen=True)
+class _Opened:
+    """A file, equal to any in the same state: that changes when it does, or another comes."""
+
+    path: Path
+    state: tuple[int, ...]
+    file: BinaryIO = field(compare=False)
+
+    @classmethod
+    def of(cls, path: Path, file: BinaryIO) -> _Opened:
+        found = os.fstat(file.fileno())
+        which = found.st_dev, found.st_ino, found.st_size
+        return cls(path, (*which, found.st_mtime_ns, found.st_ctime_ns), file)
 
 
 @lru_cache(maxsize=4096)
-def _layout(path: Path, state: tuple[int, ...]) -> _Layout:
-    """Return the layout of the file of that state; it takes HDF5 as long as reading 10 MB."""
-    with reading(path) as file:
-        if _state(path.stat()) != state:  # another has taken its place
-            raise FileNotFoundError(path)
+def _layout(opened: _Opened) -> _Layout:
+    """Return the layout of a file; it takes HDF5 as long as reading 10 MB."""
+    with reading(opened.path, opened.file) as file:
         names = {*file} & {"features", "scales", "coords", "status", "block_crc32"}
         each = {name: file[name] for name in names}
         arrays = {
@@ -123,7 +134,7 @@ def read_features(path: Path, *, mapped: bool = False) -> Features:
         ResourceError: the system does not let it be read.
     """
     with _faults(path), path.open("rb") as file:
-        layout = _layout(path, _state(os.fstat(file.fileno())))
+        layout = _layout(_Opened.of(path, file))
         xy, status = layout.read(file, "coords"), layout.read(file, "status")
         done = bool(np.all(layout.read(file, "block_crc32")))
         values = layout.read(file, "features", mapped=mapped)
