@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -57,9 +58,9 @@ def read_manifest(path: Path) -> list[Bundled]:
         ResourceError: there is no such folder, or the manifest cannot be read.
         DataError: there is no manifest, or it is damaged, of a newer pathcli, or names others.
     """
-    if not path.parent.is_dir():
-        raise _no_folder(path.parent)
     try:
+        if not path.parent.is_dir():
+            raise _no_folder(path.parent)
         manifest = json.loads(path.read_bytes())
         if manifest["format"] > FORMAT:
             msg = f"{path}: bundle format {manifest['format']}, this pathcli reads {FORMAT}; "
@@ -91,6 +92,8 @@ def _no_folder(path: Path) -> ResourceError:
     wanted = f"a bundle is the folder, with {MANIFEST}, that pathcli models bundle wrote"
     if not path.exists():
         return ResourceError(f"{path}: no such folder; {wanted}")
-    archive = zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+    archive = False
+    with suppress(OSError):  # what cannot be read is a file all the same
+        archive = path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
     then = "; extract it, then unpack that folder" if archive else ""
     return ResourceError(f"{path}: {'an archive' if archive else 'a file'}; {wanted}{then}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tarfile
 import zipfile
@@ -110,6 +111,22 @@ def test_what_is_no_bundle_is_called_what_it_is(run: Cli, tmp_path: Path) -> Non
         err = one_line(run("models", "unpack", tmp_path / name), 5)
         assert f"{name}: {what}; a bundle is the folder, with manifest.json, that" in err
         assert ("extract it" in err) == (what == "an archive")
+
+
+def test_what_cannot_be_looked_into_is_no_bundle_either(
+    run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> bool:
+        raise PermissionError
+
+    (tmp_path / "x.tar").write_text("none")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(tarfile, "is_tarfile", refuse)
+    for name in ("x.tar", "pipe"):
+        assert f"{name}: a file; a bundle is" in one_line(
+            run("models", "unpack", tmp_path / name), 5
+        )
+    assert "cannot be read" in one_line(run("models", "unpack", tmp_path / ("a" * 300)), 5)
 
 
 # --- exchange ----------------------------------------------------------------------------

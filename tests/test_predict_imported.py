@@ -97,6 +97,17 @@ def test_a_run_on_imported_features_predicts_a_slide_whose_features_were_importe
     assert own == 0
 
 
+def test_a_resolution_that_imported_tiles_cannot_take_is_said_to_be_unused(
+    home: Path, tmp_path: Path
+) -> None:
+    trained = read_run(home / "runs" / "mil-abmil" / "seed-1")
+    ready = Predictor(trained, Store(home / "store"), device="cpu", out=tmp_path)
+    new = home / "slides" / "new.tif"
+    assert ready(new, mpp=0.5).warnings == ()
+    (told,) = ready(new, mpp=0.25).warnings
+    assert told == "0.25 um per pixel is not used: the imported tiles are cut already"
+
+
 def test_what_was_imported_without_slides_is_known_by_name_and_says_so(
     home: Path, run: Cli, tmp_path: Path
 ) -> None:
@@ -163,4 +174,4 @@ def test_tiles_of_unknown_size_give_a_prediction_and_no_picture(home: Path, tmp_
     ready = Predictor(unplaced, store, device="cpu", out=tmp_path / "out", lesions=tmp_path)
     shown = ready(home / "slides" / "new.tif")
     assert (shown.prediction, shown.files, shown.candidates) == ("tumor", {}, None)
-    assert any("nothing is drawn" in text for text in shown.warnings)
+    assert any("nothing is drawn, or compared with lesions" in text for text in shown.warnings)

@@ -74,9 +74,10 @@ def mil_eval(
     --train trains: --set outcome.column=COLUMN a value, outcome.time and outcome.event survival.
     """
     from pathcli.cli import show  # noqa: PLC0415
+    from pathcli.evals import mil_outcome_train as of_outcome  # noqa: PLC0415
     from pathcli.evals.mil import mil_eval as evaluate  # noqa: PLC0415
+    from pathcli.evals.mil import target_of  # noqa: PLC0415
     from pathcli.evals.mil_outcome import asks_for_outcome, outcome_eval  # noqa: PLC0415
-    from pathcli.evals.mil_outcome_train import outcome_recipe, refuse_unsaid  # noqa: PLC0415
     from pathcli.registry import resolve  # noqa: PLC0415
 
     o.check(None, device)
@@ -87,24 +88,26 @@ def mil_eval(
     given: dict[str, Any] = {"runs": runs, "heads": head, "encoder": encoder, "slides": slides}
     given |= {"allow_leak": allow_leak, "store": o.open_store(store), "device": device}
     folder = out / f"mil-eval-{Path(benchmark).stem}"
-    given |= {"train_missing": train, "settings": settings or ()}
-    said = train and outcome_recipe(settings or ())
-    if said or asks_for_outcome(benchmark, runs, head, encoder):
+    sets = settings or ()
+    given |= {"train_missing": train, "settings": sets}
+    learnt = sets if train else ()
+    of_outcome.refuse_unclear(benchmark, learnt)
+    said, classes = of_outcome.columns_of(learnt), of_outcome.of_classes(learnt)
+    if said or (not classes and asks_for_outcome(benchmark, runs, head, encoder)):
+        if said:  # a table has several outcomes, each with a report of its own
+            folder = out / f"mil-eval-{Path(benchmark).stem}-{of_outcome.plain_name(*said)}"
         refuse_of_classes(labels, settings, train=train)
         with show.progress(0, unit="steps") as start:
             outcome = outcome_eval(benchmark, progress=lambda name: start(0, name), **given)
         _print(outcome, folder, json=json)
         return
     if train:
-        refuse_unsaid(benchmark, settings or ())
+        of_outcome.refuse_unsaid(benchmark, sets)
+    if target := target_of(learnt):
+        folder = folder.with_name(f"{folder.name}-{of_outcome.plain_name(target)}")
+    given |= {"labels": labels, "specificity": specificity}
     with show.progress(0, unit="steps") as start:
-        found = evaluate(
-            benchmark,
-            labels=labels,
-            specificity=specificity,
-            progress=lambda name: start(0, name),
-            **given,
-        )
+        found = evaluate(benchmark, progress=lambda name: start(0, name), **given)
     _print(found, folder, json=json)
 
 

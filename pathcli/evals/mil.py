@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pathcli.errors import DataError, ResourceError, UsageError
+from pathcli.evals.mil_outcome_train import plain_name
 from pathcli.evals.mil_runs import count_reading, find_features, score_head, table_for
 from pathcli.mil.benchmarks import BENCHMARKS, Benchmark, benchmark
 from pathcli.mil.tables import read_labels
@@ -69,6 +70,19 @@ class _Plan:
     encoder: str | None
     settings: tuple[str, ...]
     runs: Path
+
+    @property
+    def target(self) -> str | None:
+        """The column that the settings name, None where they name none."""
+        return target_of(self.settings)
+
+
+def target_of(settings: Sequence[str]) -> str | None:
+    """Return the column of classes that settings of a recipe name, None where they name none."""
+    own = [text for text in settings if text.startswith(("data.target=", "data="))]
+    data = load_recipe(f"mil-{HEADS[0]}", ["data.target=null", *own]).values["data"]
+    target = data.get("target") if isinstance(data, dict) else None
+    return None if target is None else str(target)
 
 
 def mil_eval(
@@ -199,6 +213,7 @@ def _groups(plan: _Plan, heads: Sequence[str] | None) -> dict[str, list[Run]]:
         if run.recipe.task == "mil"
         and (heads is None or head_of(run) in heads)
         and plan.encoder in {None, run.recipe.values["encoder"]["kind"]}
+        and plan.target in {None, run.recipe.values["data"]["target"]}
     ]
     # runs of these very labels are not mixed with those of others, and a benchmark has its own
     own = [run for run in fit if _fits(run, plan) and _own(run, plan)]
@@ -253,7 +268,8 @@ def _recipe(plan: _Plan, head: str) -> Recipe:
     """Return the recipe that trains a head for this evaluation, named after both."""
     name, given = _settings(plan, head)
     stem = plan.name if plan.benchmark else Path(plan.name).stem
-    return replace(load_recipe(name, given), name=f"{stem}-{head}")
+    words = [stem, *([plain_name(plan.target)] if plan.target else []), head]
+    return replace(load_recipe(name, given), name="-".join(words))
 
 
 def _settings(plan: _Plan, head: str) -> tuple[str, list[str]]:

@@ -18,7 +18,7 @@ import torch
 from pathcli.device import pick_device
 from pathcli.errors import DataError, ResourceError, UsageError
 from pathcli.evals.mil import HEADS, experiment, head_of
-from pathcli.evals.mil_outcome_train import columns_of, recipe_for
+from pathcli.evals.mil_outcome_train import columns_of, recipe_for, refuse_unclear
 from pathcli.evals.mil_runs import count_reading, find_features, score_runs
 from pathcli.evals.mil_scores import Scores, Tested
 from pathcli.mil.bags import Bags
@@ -80,8 +80,13 @@ class OutcomeEvaluation:
 
     @property
     def what(self) -> str:
-        """The columns."""
-        return "/".join(run_outcome(self.heads[0].tested[0].run)[0].columns)
+        """The columns, as one text."""
+        return "/".join(self.columns)
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns, one by one."""
+        return run_outcome(self.heads[0].tested[0].run)[0].columns
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -163,10 +168,15 @@ def outcome_eval(
         progress: called with a name, gives the callback of one part of the work.
 
     Raises:
-        UsageError: the runs learnt different things, or nothing says what is to be learnt.
+        UsageError: the runs learnt different things, nothing says what is to be learnt, or the
+            name is a benchmark's.
         DataError: the table is wrong, or a patient of it was trained on.
         ResourceError: no runs or no features.
     """
+    if name in BENCHMARKS:
+        msg = f"{name}: a benchmark of classes; a value or survival is learnt from a table of yours"
+        raise UsageError(msg)
+    refuse_unclear(name, settings)
     path, kept = Path(name).expanduser().absolute(), store or Store()
     columns, tested = columns_of(settings), []
     if train_missing:

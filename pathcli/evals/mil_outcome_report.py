@@ -100,9 +100,8 @@ def write_outcomes(
 def _predictions(found: OutcomeEvaluation) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
-    columns = found.what.split("/")
     said = ["risk", "group", "median"] if found.survival else ["predicted"]
-    writer.writerow(["head", "seed", "name", "patient", *columns, *said, "unit", "note"])
+    writer.writerow(["head", "seed", "name", "patient", *found.columns, *said, "unit", "note"])
     for scores in found.heads:
         for t in runs_of(scores):
             known: Any
@@ -110,7 +109,7 @@ def _predictions(found: OutcomeEvaluation) -> str:
             medians = known.median(t.chances, fit) if found.survival else []
             for i, name in enumerate(t.names):
                 row = [scores.name, t.run.seed, name, t.patients[i]]
-                row += [f"{x:g}" for x in t.targets[i]] + [f"{t.predicted[i]:.6f}"]
+                row += [f"{x:.12g}" for x in t.targets[i]] + [f"{t.predicted[i]:.6f}"]
                 if found.survival:
                     median = medians[i]
                     row += ["high" if t.predicted[i] > fit["cut"] else "low"]

@@ -68,7 +68,8 @@ class Imports:
             _refuse_larger(name, tiles, info)
             told.append("its imported features are known by the slide's name, not by its file")
         if not is_placed(self.spec):
-            told.append("how large its imported tiles are is not known: nothing is drawn")
+            text = "how large its imported tiles are is not known: nothing is drawn, "
+            told.append(f"{text}or compared with lesions")
         return tiles, features, told
 
     def _of_a_file(self, key: Key) -> bool:

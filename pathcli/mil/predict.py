@@ -167,6 +167,9 @@ class Predictor:
         if self.imports:
             with closing(open_slide(path)) as slide:
                 tiles, features, told = self.imports(slide.info)
+            mpp = how["mpp"]
+            if mpp is not None and f"{mpp:.6g}" != f"{tiles.slide_mpp:.6g}":
+                told.append(f"{mpp:g} um per pixel is not used: the imported tiles are cut already")
             return tiles, features, 0, told
         made = self.embedder(path, spec=self.spec, **how)
         if made.tiles == made.unreadable:
