@@ -18,9 +18,10 @@ demo: install
 	$(BIN)/pathcli models pull minilm-tokenizer
 	$(BIN)/pathcli models pull smollm2-135m
 
-# bytecode is kept, or each of the processes that tests start would compile all anew
+# three at once on two cores: one or another waits for a lease or a process. Bytecode is kept, or
+# each of the processes that tests start would compile all anew.
 test: install
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 3 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
