@@ -6,12 +6,14 @@ import csv
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import cv2
 import fakes
 import numpy as np
 import synthetic
 import torch
+from accelerate.utils import set_seed
 
 from pathcli.mil.pooling import MaxPooling
 from pathcli.mil.splits import official
@@ -19,6 +21,7 @@ from pathcli.mil.tables import LabelTable
 from pathcli.recipe import Recipe, load_recipe
 from pathcli.store import Store
 from pathcli.store.store import item_name
+from pathcli.trainer import Loop
 from pathcli.types import HeadOutput, Key, Tiles, TileSpec, TileStatus, digest
 
 torch.set_num_threads(1)  # of matrices this small threads only wait for each other
@@ -121,6 +124,24 @@ def quick(epochs: int = 12) -> list[str]:
         "train.lr=0.003",
         "train.seed=[1]",
     ]
+
+
+def assert_resumed_alike(task: Any, folder: Path) -> None:
+    """Train a prepared task whole, and stopped after two steps: both end with equal weights."""
+
+    def loop(name: str) -> Loop:
+        set_seed(1)
+        return Loop(task.begin(1), task.train, folder / name, "cpu")
+
+    whole = loop("whole")
+    assert whole.run(lambda *_: None)
+    assert loop("cut").run(lambda *_: None, stop_after=2) is False
+    cut = loop("cut")
+    torch.rand(5)
+    assert cut.run(lambda *_: None)
+    assert cut.lines == whole.lines
+    assert cut.best_state.keys() == whole.best_state.keys()
+    assert all(torch.equal(cut.best_state[k], v) for k, v in whole.best_state.items())
 
 
 def split(path: Path, train: Slides, val: Slides, test: Slides) -> Path:

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import set_seed
-from cohorts import lines, put, values
+from cohorts import assert_resumed_alike, lines, put, values
 from outcomes import HAZARDS, planted, recipe, write
 
 from pathcli.errors import DataError, UsageError
@@ -24,7 +23,6 @@ from pathcli.mil.task import load_head
 from pathcli.recipe import build, build_part
 from pathcli.runs import Run, train
 from pathcli.store import Store
-from pathcli.trainer import Loop
 from pathcli.types import TileSpec
 
 CPU = torch.device("cpu")
@@ -125,19 +123,7 @@ def test_a_run_stopped_after_two_steps_ends_with_equal_weights(
 ) -> None:
     labels = planted(store, tmp_path / "t.csv", 30)
     task = prepared(recipe(name, labels, "head.dropout=0.2", epochs=3), store)
-
-    def loop(folder: str) -> Loop:
-        set_seed(1)
-        return Loop(task.begin(1), task.train, tmp_path / folder, "cpu")
-
-    whole = loop("whole")
-    assert whole.run(lambda *_: None)
-    assert loop("cut").run(lambda *_: None, stop_after=2) is False
-    cut = loop("cut")
-    torch.rand(5)
-    assert cut.run(lambda *_: None)
-    assert cut.lines == whole.lines
-    assert all(torch.equal(cut.best_state[k], v) for k, v in whole.best_state.items())
+    assert_resumed_alike(task, tmp_path)
 
 
 # --- splits ------------------------------------------------------------------------------

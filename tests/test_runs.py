@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import set_seed
-from cohorts import put
+from cohorts import assert_resumed_alike, put
 from conftest import Run as Call
 from safetensors.torch import load_file
 
@@ -370,20 +369,7 @@ def test_a_shipped_recipe_stopped_after_two_steps_ends_with_equal_weights(
     for slide in slides:
         put(store, slide, rng.normal(size=(12, 8)).astype(np.float16), spec=task.spec)
     task.prepare(store, device="cpu", progress=lambda _: lambda done, total: None)
-
-    def loop(folder: str) -> Loop:
-        set_seed(1)
-        return Loop(task.begin(1), task.train, tmp_path / folder, "cpu")
-
-    whole = loop("whole")
-    assert whole.run(lambda *_: None)
-    assert loop("cut").run(lambda *_: None, stop_after=2) is False
-    cut = loop("cut")
-    torch.rand(5)
-    assert cut.run(lambda *_: None)
-    assert cut.lines == whole.lines
-    assert cut.best_state.keys() == whole.best_state.keys()
-    assert all(torch.equal(cut.best_state[k], v) for k, v in whole.best_state.items())
+    assert_resumed_alike(task, tmp_path)
 
 
 def test_every_error_of_training_is_one_of_ours(run: Call, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathcli.evals.mil_outcome import runs_of
 from pathcli.evals.mil_outcome_scores import parted, risk_groups
 from pathcli.evals.mil_pages import (
     flow_section,
+    heads_compared,
     lead,
     repeat_sections,
     report_of,
@@ -126,7 +127,7 @@ def _sections(
         *(warnings if found.warnings else []),
         flow_section(found),
         Section("How good", " ".join(_how_made(found)), rows=outcome_rows(found, numbers)),
-        *_compared(found, numbers),
+        *heads_compared(found, numbers, "difference"),
         *([_curves(found)] if found.survival else [_scatter(found)]),
         *repeat_sections(report, command),
     ]
@@ -152,25 +153,6 @@ def _how_made(found: OutcomeEvaluation) -> list[str]:
         "the train part's Kaplan-Meier curve."
     )
     return [*text, about]
-
-
-def _compared(found: OutcomeEvaluation, numbers: OutcomeMeasurements) -> list[Section]:
-    if len(found.heads) == 1:
-        return []
-    rows = [
-        {
-            "heads": row["heads"],
-            f"{row['metric']} difference": f"{row['difference']:+.3f} "
-            f"[{row['low']:+.3f}, {row['high']:+.3f}]",
-            "p": f"{row['p']:.3g}",
-            "p, corrected (Holm)": f"{row['p_holm']:.3g}",
-        }
-        for row in numbers.pairs
-    ]
-    n = len(found.heads)
-    left = n * (n - 1) // 2 - len(rows)
-    text = f"{left} pairs were tested on different slides and are not compared." if left else ""
-    return [Section("Heads against each other", text, rows=rows)]
 
 
 def _scatter(found: OutcomeEvaluation) -> Section:

@@ -56,6 +56,27 @@ class Numbers(Protocol):
         ...
 
 
+def heads_compared(found: Tried, numbers: Numbers, difference: str) -> list[Section]:
+    """Return a row a pair of heads, whose difference stands in that column; none of one head."""
+    if len(found.heads) == 1:
+        return []
+    rows = [
+        {
+            "heads": row["heads"],
+            f"{row.get('metric', 'AUROC')} difference": f"{row[difference]:+.3f} "
+            f"[{row['low']:+.3f}, {row['high']:+.3f}]",
+            **({"test": row["test"]} if "test" in row else {}),
+            "p": f"{row['p']:.3g}",
+            "p, corrected (Holm)": f"{row['p_holm']:.3g}",
+        }
+        for row in numbers.pairs
+    ]
+    n = len(found.heads)
+    left = n * (n - 1) // 2 - len(rows)
+    text = f"{left} pairs were tested on different slides and are not compared." if left else ""
+    return [Section("Heads against each other", text, rows=rows)]
+
+
 def report_of(
     found: Tried,
     numbers: Numbers,

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from pathcli.charts import Line, chart
 from pathcli.evals.mil_errors import worst_errors
-from pathcli.evals.mil_pages import flow_section, lead, repeat_sections, report_of, sizes_of
+from pathcli.evals.mil_pages import (
+    flow_section,
+    heads_compared,
+    lead,
+    repeat_sections,
+    report_of,
+    sizes_of,
+)
 from pathcli.evals.mil_scores import compare, confusions, mean_curve, measure_all
 from pathcli.evals.patch_report import interval_text
 from pathcli.metrics.calibration import reliability
@@ -112,7 +119,7 @@ def _sections(
         *(warnings if found.warnings else []),
         flow_section(found),
         _table(found, numbers),
-        *_compared(found, numbers),
+        *heads_compared(found, numbers, "auroc_difference"),
         *([_published(found.benchmark)] if found.benchmark else []),
         _curves(found),
         _confusion(found),
@@ -163,26 +170,6 @@ def _how_made(found: Evaluation) -> list[str]:
             f"{few} validation bags of {found.classes[0]})."
         )
     return [*text, "ECE (10 bins) is biased upwards with few slides, so it has no interval."]
-
-
-def _compared(found: Evaluation, numbers: Measurements) -> list[Section]:
-    if len(found.heads) == 1:
-        return []
-    rows = [
-        {
-            "heads": row["heads"],
-            "AUROC difference": f"{row['auroc_difference']:+.3f} "
-            f"[{row['low']:+.3f}, {row['high']:+.3f}]",
-            "test": row["test"],
-            "p": f"{row['p']:.3g}",
-            "p, corrected (Holm)": f"{row['p_holm']:.3g}",
-        }
-        for row in numbers.pairs
-    ]
-    n = len(found.heads)
-    left = n * (n - 1) // 2 - len(rows)
-    text = f"{left} pairs were tested on different slides and are not compared." if left else ""
-    return [Section("Heads against each other", text, rows=rows)]
 
 
 def _published(known: Benchmark) -> Section:
