@@ -251,65 +251,12 @@ def test_regions_side_by_side_decode_a_file_tile_once_into_few_places(
             slide.read((x, y), 0, (256, 256))
             most = max(most, slide.tiles.held // (256 * 256 * 3))
     assert len(decoded) == len(set(decoded))
-    assert most == (16 if offset else 1)  # at an offset the edges, of which parts are left
+    assert most == (16 if offset else 0)  # at an offset the edges, of which parts are left
 
 
 def test_a_region_visits_file_tiles_in_order(slide_path: Path, decoded: list[tuple]) -> None:
     fresh(slide_path, decoded).read((200, 200), 0, (600, 500))
     assert [index for _, index in decoded] == [0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15]
-
-
-def test_the_cache_holds_no_more_than_it_may() -> None:
-    made: list[int] = []
-
-    def get(k: int, side: int = 10) -> int:
-        def make(out: np.ndarray) -> None:
-            made.append(k)
-            out[:] = k
-
-        with cache.tile(k, (side, side, 3), make, 0) as tile:
-            assert tile.shape == (side, side, 3)
-            assert (tile == k).all()
-            return tile.ctypes.data
-
-    cache = direct.TileCache(1000)
-    places = set()
-    for k in [*range(50), 49, 48, 47]:
-        places.add(get(k))
-        assert cache.held <= 1000
-    assert made == list(range(50))
-    assert len(places) == 3  # their memory is used again
-    get(0)  # the least used went: made again
-    get(47)  # the last used is held
-    assert made[-1] == 0
-    get(7, side=40)
-    assert cache.held == 4800  # one tile is held, however large
-    cache.clear()
-    assert cache.held == 0
-
-
-def test_a_tile_in_use_keeps_its_pixels() -> None:
-    cache = direct.TileCache(300)
-    with cache.tile("a", (10, 10, 3), lambda out: out.fill(1), 0) as a:
-        with cache.tile("b", (10, 10, 3), lambda out: out.fill(2), 0) as b:
-            assert (a == 1).all()
-            assert (b == 2).all()
-        assert cache.held == 600
-    with cache.tile("c", (10, 10, 3), lambda out: out.fill(3), 0):
-        assert cache.held == 300
-
-
-def test_a_tile_that_could_not_be_made_is_tried_anew() -> None:
-    cache = direct.TileCache(1000)
-
-    def fail(out: np.ndarray) -> None:
-        raise OSError
-
-    with pytest.raises(OSError), cache.tile("a", (10, 10, 3), fail, 0):  # noqa: PT011
-        pass
-    assert cache.held == 0
-    with cache.tile("a", (10, 10, 3), lambda out: out.fill(1), 0) as tile:
-        assert tile.all()
 
 
 def test_what_a_caller_paints_stays_his(slide_path: Path) -> None:

@@ -10,11 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import threading
-from collections import OrderedDict
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import finalize
@@ -23,10 +20,13 @@ import cv2
 import numpy as np
 
 from pathcli.errors import DataError
+from pathcli.slides.tile_cache import TileCache
 from pathcli.types import Slide
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
 
     from pathcli.types import ByteArray
 
@@ -74,117 +74,6 @@ class _Level:
 
 class UnservedError(Exception):
     """This region, level or file is left to the slide below; the text says why."""
-
-
-class _Tile:
-    """Room for a tile, `made` once it is decoded.
-
-    `users` are the readers that look at it now; `left` is how much of it nobody has taken yet.
-    """
-
-    def __init__(self, pixels: ByteArray) -> None:
-        self.pixels, self.users, self.left = pixels, 0, pixels.size
-        self.made, self.making = False, threading.Lock()
-
-
-class TileCache:
-    """Decoded tiles up to a number of bytes, the least used go first; each is made by one thread.
-
-    Others that ask for a tile being made wait for it. The memory of a tile that goes serves
-    the one that comes: fresh pages cost a third of a tile's decoding, and threads queue for them.
-    A tile of which everything has been taken goes first, while its memory is still in the
-    processor's cache, until one is asked for again after that: then regions overlap.
-    """
-
-    def __init__(self, limit: int) -> None:
-        """Hold at most `limit` bytes, or what is in use if that is more."""
-        self.limit, self.held = limit, 0
-        self._tiles: OrderedDict[Hashable, _Tile] = OrderedDict()
-        self._taken: list[Hashable] = []  # tiles that have been given out whole
-        self._early: dict[Hashable, None] = {}  # those that went for it, the last ones
-        self._overlap = False
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def tile(
-        self,
-        key: Hashable,
-        shape: tuple[int, int, int],
-        make: Callable[[ByteArray], object],
-        taken: int,
-    ) -> Iterator[ByteArray]:
-        """Give the tile of `key`, of which `taken` bytes are wanted.
-
-        If it is not held, `make` writes its pixels of `shape`.
-        """
-        with self._lock:
-            tile = self._tiles.get(key)
-            if (tile and tile.left <= 0) or key in self._early:
-                self._overlap = True
-                self._taken.clear()
-                self._early.clear()
-            if tile is None:
-                tile = self._tiles[key] = _Tile(self._memory(shape))
-            self._tiles.move_to_end(key)
-            tile.users += 1
-        try:
-            if not tile.made:
-                self._make(key, tile, make)
-            yield tile.pixels
-        finally:
-            with self._lock:
-                tile.users -= 1
-                tile.left -= taken
-                if tile.left <= 0 and not self._overlap:
-                    self._taken.append(key)
-
-    def _memory(self, shape: tuple[int, int, int]) -> ByteArray:
-        """Return room for a tile, that of one that is not needed or there is no more for."""
-        size, room = math.prod(shape), None
-        for key in self._unneeded(size):
-            gone = self._tiles.pop(key).pixels
-            self.held -= gone.size
-            room = gone if gone.size == size else None
-        self.held += size
-        return np.empty(shape, np.uint8) if room is None else room.reshape(shape)
-
-    def _unneeded(self, size: int) -> Iterator[Hashable]:
-        """Yield the tiles that go before one of `size` bytes comes."""
-        while self._taken:
-            key = self._taken.pop()
-            tile = self._tiles.get(key)
-            if tile and tile.left <= 0 and not tile.users:
-                self._early[key] = None
-                if len(self._early) * size > self.limit:  # it would be gone anyhow
-                    del self._early[next(iter(self._early))]
-                yield key
-                break
-        while self.held + size > self.limit:
-            oldest = next((key for key, tile in self._tiles.items() if not tile.users), None)
-            if oldest is None:
-                return
-            yield oldest
-
-    def _make(self, key: Hashable, tile: _Tile, make: Callable[[ByteArray], object]) -> None:
-        """Let one thread make a tile; where it fails, each that waited tries and fails."""
-        try:
-            with tile.making:
-                if not tile.made:
-                    make(tile.pixels)
-                    tile.made = True
-        except BaseException:
-            with self._lock:
-                if self._tiles.get(key) is tile:
-                    del self._tiles[key]
-                    self.held -= tile.pixels.size
-            raise
-
-    def clear(self) -> None:
-        """Forget all tiles."""
-        with self._lock:
-            self._tiles.clear()
-            self._taken.clear()
-            self.held = 0
 
 
 class DirectReader:
@@ -264,14 +153,22 @@ class DirectReader:
         if not inside or max(abs(at[0] - x), abs(at[1] - y)) > _WHOLE_PIXEL:
             raise UnservedError
         out = np.empty((h, w, 3), np.uint8)
+        if (w, h) == level.tile and not x % tw and not y % th:  # a file tile as it is
+            index = y // th * level.across + x // tw
+            if self.tiles.unshared((number, index), out.size):
+                return self._decoded(level, index, out)
         for row in range(y // th, -(-(y + h) // th)):
             for column in range(x // tw, -(-(x + w) // tw)):
                 index = row * level.across + column
                 top, left = row * th - y, column * tw - x
-                part = out[max(top, 0) : top + th, max(left, 0) : left + tw]
+                b, a = max(top, 0), max(left, 0)
+                part = _rows(out, b, a, min(top + th, h) - b, min(left + tw, w) - a)
                 make = partial(self._decoded, level, index)
-                with self.tiles.tile((number, index), (th, tw, 3), make, part.size) as tile:
-                    part[:] = tile[max(-top, 0) : h - top, max(-left, 0) : w - left]
+                tile = self.tiles.borrow((number, index), (th, tw, 3), make)
+                try:
+                    part[:] = _rows(tile.pixels, b - top, a - left, len(part), part.itemsize // 3)
+                finally:
+                    self.tiles.give_back((number, index), tile, part.nbytes)
         return out
 
     def _decoded(self, level: _Level, index: int, out: ByteArray) -> ByteArray:
@@ -294,6 +191,17 @@ class DirectReader:
         self._release()
         self.tiles.clear()
         self._below.close()
+
+
+def _rows(pixels: ByteArray, top: int, left: int, rows: int, width: int) -> NDArray[np.void]:
+    """Return a part of [h, w, 3] as `rows` of void, which numpy copies without a thread switch."""
+    line = pixels.shape[1] * 3
+    return np.ndarray((rows,), _void(3 * width), pixels, top * line + 3 * left, (line,))
+
+
+@cache
+def _void(size: int) -> np.dtype[np.void]:
+    return np.dtype((np.void, size))
 
 
 def _tiled_images(slide: _Pyramid) -> dict[tuple[int, int], Any]:
