@@ -35,7 +35,7 @@ from pathcli.slides.pens import pens
 from pathcli.slides.readers import open_slide
 from pathcli.slides.stains import dark_background, stain_warnings
 from pathcli.slides.tiling import grid, tile_spec
-from pathcli.slides.tissue import find_tissue, method
+from pathcli.slides.tissue import find_tissue, mask_um, method
 from pathcli.weights import fetch
 
 PATCH, MPP = 256, 0.5
@@ -127,13 +127,14 @@ def ours(path: Path, tissue: str) -> tuple:
         parts = dict(clock.parts)
         clock("")  # the same again, taken apart
         built = method(tissue)
-        picture, _ = overview(slide, max(1.0, built.mask_mpp / MPP))
+        um = mask_um(built, slide.info.width * slide.info.height * MPP**2)
+        picture, _ = overview(slide, um / MPP)
         clock("(read)")
         dark_background(picture)
         clock("(dark?)")
-        mask = built.mask(picture, built.mask_mpp)
+        mask = built.mask(picture, um)
         clock("(mask)")
-        pens(picture, built.mask_mpp)
+        pens(picture, um)
         clock("(pens)")
         stain_warnings(picture, mask)
         clock("(stain)")

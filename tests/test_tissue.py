@@ -12,7 +12,7 @@ from PIL import Image
 from pathcli.slides.pens import pen_mask, pens
 from pathcli.slides.stains import stain_named, stain_warnings
 from pathcli.slides.tiling import tile, tile_spec
-from pathcli.slides.tissue import find_tissue, method
+from pathcli.slides.tissue import find_tissue, mask_um, method
 from pathcli.slides.tissue_methods import _islands
 from pathcli.store import Store
 
@@ -51,6 +51,42 @@ def truth() -> np.ndarray:
     mask = np.zeros((300, 400), bool)
     mask[BOX] = True
     return mask
+
+
+# --- how fine a mask is ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "mm2", "um"),
+    [
+        *[
+            (name, mm2, um)
+            for name in ("otsu", "auto")
+            for mm2, um in ((31, 4), (33, 8), (129, 16))
+        ],
+        ("otsu", 5000, 16),
+        ("hsv", 5000, 8),
+        ("none", 5000, 16),
+    ],
+)
+def test_a_mask_gets_coarser_on_large_scans_down_to_its_limit(
+    name: str, mm2: float, um: float
+) -> None:
+    assert mask_um(method(name), mm2 * 1e6) == um
+
+
+def test_a_mask_kept_fine_covers_what_the_coarse_one_does(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    rgb = synthetic.picture(2400, 1800, (300, 500, 900, 700)).astype(np.int16)
+    rgb += rng.integers(-6, 7, rgb.shape[:2])[..., None].astype(np.int16)
+    Image.fromarray(rgb.clip(0, 255).astype(np.uint8)).save(tmp_path / "a.png")
+    slide = open_slide(tmp_path / "a.png")  # 8 um per pixel: 276 mm2
+    fine, coarse = (find_tissue(slide, tile_spec(coarsest_mpp=most), 8.0) for most in (8.0, 16.0))
+    assert fine.mask.shape == (1800, 2400)
+    assert coarse.mask.shape == (900, 1200)
+    xy = np.stack(np.meshgrid(range(0, 2400, 14), range(0, 1800, 14)), -1).reshape(-1, 2)
+    chosen = [found.fraction(xy, (14, 14)) >= 0.5 for found in (fine, coarse)]
+    assert overlap(*chosen) > 0.99
 
 
 # --- CLAM's presets ----------------------------------------------------------------------

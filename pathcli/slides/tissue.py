@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathcli.types import ByteArray, Slide, TileSpec
 
 _MOST_LOST = 0.25  # share of the scan that may be undecodable before the slide fails
+_MASK_PX = 2_000_000  # pixels from which a mask is made coarser, if its method can
 _INKED = 0.005  # share of the tissue under ink from which the user is told
 DARK_BACKGROUND = (
     "no tile: the background is black, as in fluorescence, and tissue rules for stained slides "
@@ -138,11 +139,14 @@ class Otsu:
     Chroma is near zero for white, grey and black alike, so dust, shadows and black borders
     are not tissue. The limits keep a slide full of tissue, or without any, from being split
     at its noise. `blur_um` is the standard deviation of a Gaussian, taken before the colours
-    are compared, so that a pyramid made without averaging gives the same mask.
+    are compared, so that a pyramid made without averaging gives the same mask. A mask cell
+    is `mask_mpp` wide; on scans of more than 32 or 128 mm2 (`_MASK_PX`) twice or four times
+    that, `coarsest_mpp` at most.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     mask_mpp: float = 4.0
+    coarsest_mpp: float = 16.0
     blur_um: float = 8.0
     lowest: int = 10
     highest: int = 17
@@ -212,6 +216,14 @@ def parameters_of(built: TissueMethod) -> dict[str, float]:
     return values | {name: float(values[name]) for name, p in known if p.annotation == "float"}
 
 
+def mask_um(built: TissueMethod, area_um2: float) -> float:
+    """Return the width of a mask cell over a scan of `area_um2`, in micrometres."""
+    um = built.mask_mpp
+    while area_um2 > _MASK_PX * um**2 and 2 * um <= getattr(built, "coarsest_mpp", um):
+        um *= 2
+    return um
+
+
 def find_tissue(slide: Slide, spec: TileSpec, mpp: float) -> Tissue:
     """Return the tissue of `slide`, whose level-0 pixels are `mpp` micrometres wide.
 
@@ -222,7 +234,8 @@ def find_tissue(slide: Slide, spec: TileSpec, mpp: float) -> Tissue:
     if built.version != spec.tissue_version:
         msg = f"tissue method {spec.tissue} is version {built.version}, not {spec.tissue_version}"
         raise DataError(msg)
-    thumbnail, lost = overview(slide, max(1.0, built.mask_mpp / mpp))
+    cell_um = mask_um(built, slide.info.width * slide.info.height * mpp**2)
+    thumbnail, lost = overview(slide, max(1.0, cell_um / mpp))
     if lost > _MOST_LOST:
         msg = f"{slide.path}: {lost:.0%} of the scan cannot be decoded; is the file whole?"
         raise DataError(msg)

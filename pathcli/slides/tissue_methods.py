@@ -128,8 +128,7 @@ class Auto(Otsu):
     counts. What served is said, in warnings.
     """
 
-    version: ClassVar[int] = 1
-    mask_mpp: float = 16.0  # a sixteenth of otsu's pixels
+    version: ClassVar[int] = 2
 
     def masked(self, scan: ByteArray, um_per_px: float) -> Masked:
         """Return the mask and what was tried; see `AdaptiveMethod.masked`."""
