@@ -53,10 +53,10 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     real = direct.DirectReader._decoded
 
     def count(
-        self: direct.DirectReader, level: direct._Level, index: int, out: np.ndarray
+        self: direct.DirectReader, out: np.ndarray, level: direct._Level, index: int
     ) -> np.ndarray:
         calls.append((level.size[0], index))
-        return real(self, level, index, out)
+        return real(self, out, level, index)
 
     monkeypatch.setattr(direct.DirectReader, "_decoded", count)
     return calls

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import finalize
@@ -24,7 +24,7 @@ from pathcli.slides.tile_cache import TileCache
 from pathcli.types import Slide
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -119,7 +119,7 @@ class DirectReader:
             at = (round(x * step), round(y * step))
             try:
                 seen = self._below.read(at, number, (w, h))
-                mine = self._decoded(level, index, np.empty((*level.tile[::-1], 3), np.uint8))
+                mine = self._decoded(np.empty((*level.tile[::-1], 3), np.uint8), level, index)
             except (DataError, UnservedError):
                 continue
             exact = max(abs(a - p * step) for a, p in zip(at, (x, y), strict=True)) < _WHOLE_PIXEL
@@ -156,22 +156,20 @@ class DirectReader:
         if (w, h) == level.tile and not x % tw and not y % th:  # a file tile as it is
             index = y // th * level.across + x // tw
             if self.tiles.unshared((number, index), out.size):
-                return self._decoded(level, index, out)
-        for row in range(y // th, -(-(y + h) // th)):
-            for column in range(x // tw, -(-(x + w) // tw)):
+                return self._decoded(out, level, index)
+        across = list(_spans(x, w, tw))
+        for row, top, above, rows in _spans(y, h, th):
+            for column, left, before, width in across:
                 index = row * level.across + column
-                top, left = row * th - y, column * tw - x
-                b, a = max(top, 0), max(left, 0)
-                part = _rows(out, b, a, min(top + th, h) - b, min(left + tw, w) - a)
-                make = partial(self._decoded, level, index)
-                tile = self.tiles.borrow((number, index), (th, tw, 3), make)
+                tile = self.tiles.borrow((number, index), (th, tw, 3), self._decoded, level, index)
                 try:
-                    part[:] = _rows(tile.pixels, b - top, a - left, len(part), part.itemsize // 3)
+                    part = _part(out, top, left, rows, width)
+                    part[:] = _part(tile.pixels, above, before, rows, width)
                 finally:
-                    self.tiles.give_back((number, index), tile, part.nbytes)
+                    self.tiles.give_back((number, index), tile, 3 * rows * width)
         return out
 
-    def _decoded(self, level: _Level, index: int, out: ByteArray) -> ByteArray:
+    def _decoded(self, out: ByteArray, level: _Level, index: int) -> ByteArray:
         """Decode one file tile into `out` [h, w, 3] and return it."""
         count = level.counts[index]
         if not count:
@@ -193,7 +191,15 @@ class DirectReader:
         self._below.close()
 
 
-def _rows(pixels: ByteArray, top: int, left: int, rows: int, width: int) -> NDArray[np.void]:
+def _spans(start: int, length: int, tile: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the tiles under a line: which, where in the line, where in the tile, how much."""
+    for number in range(start // tile, -(-(start + length) // tile)):
+        before = start - number * tile
+        at, into = (-before, 0) if before < 0 else (0, before)
+        yield number, at, into, min(tile - into, length - at)
+
+
+def _part(pixels: ByteArray, top: int, left: int, rows: int, width: int) -> NDArray[np.void]:
     """Return a part of [h, w, 3] as `rows` of void, which numpy copies without a thread switch."""
     line = pixels.shape[1] * 3
     return np.ndarray((rows,), _void(3 * width), pixels, top * line + 3 * left, (line,))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from pathcli.types import ByteArray
 
+    Make = Callable[..., object]
+
 
 class _Tile:
     """Room for a tile, `made` once it is decoded.
@@ -44,12 +46,10 @@ class TileCache:
         self._overlap = False
         self._lock = threading.Lock()
 
-    def borrow(
-        self, key: Hashable, shape: tuple[int, int, int], make: Callable[[ByteArray], object]
-    ) -> _Tile:
+    def borrow(self, key: Hashable, shape: tuple[int, int, int], make: Make, *how: object) -> _Tile:
         """Return the tile of `key`, which stays until it is given back.
 
-        If it is not held, `make` writes its pixels of `shape`.
+        If it is not held, `make(pixels, *how)` writes its pixels of `shape`.
         """
         with self._lock:
             tile = self._tiles.get(key)
@@ -64,7 +64,7 @@ class TileCache:
             tile.users += 1
         if not tile.made:
             try:
-                self._make(key, tile, make)
+                self._make(key, tile, make, how)
             except BaseException:
                 self.give_back(key, tile, 0)
                 raise
@@ -117,12 +117,12 @@ class TileCache:
                 return
             yield oldest
 
-    def _make(self, key: Hashable, tile: _Tile, make: Callable[[ByteArray], object]) -> None:
+    def _make(self, key: Hashable, tile: _Tile, make: Make, how: tuple[object, ...]) -> None:
         """Let one thread make a tile; where it fails, each that waited tries and fails."""
         try:
             with tile.making:
                 if not tile.made:
-                    make(tile.pixels)
+                    make(tile.pixels, *how)
                     tile.made = True
         except BaseException:
             with self._lock:
