@@ -1,10 +1,11 @@
 """Tiles a second at level 0, over openslide-python's read_region with one thread.
 
 Neighbouring tissue tiles of a big SVS-like slide made of real texture, read by OpenSlide, tiffslide
-and the direct reader with one and two threads or processes; against them stands bare
-decoding of the bytes of the same file tiles, held in memory. Every reading opens the slide
-anew and has an area of its own, so that none answers from another's cache; variants
-alternate, medians count. Prints one JSON line.
+and the direct reader with one and two threads or processes; beside each of the direct reader's
+stands bare decoding of the bytes of the very file tiles it has just read, held in memory.
+Every reading opens the slide anew and has an area of its own, so that none answers from
+another's cache; variants alternate, medians count, of ratios those within a run. Prints one
+JSON line.
 
     python benchmarks/reading.py [--texture SLIDE] [--side 40000] [--tiles 768] [--runs 7]
 """
@@ -46,13 +47,15 @@ READERS = {
     "openslide 2 threads": ("openslide", "threads", 2),
     "tiffslide 1 thread": ("tiffslide", "threads", 1),
     "direct 1 thread": ("direct", "threads", 1),
-    "direct 2 threads": ("direct", "threads", 2),
-    "direct 2 processes": ("direct", "processes", 2),
     "bare decoding 1 thread": ("bare", "threads", 1),
+    "direct 2 threads": ("direct", "threads", 2),
     "bare decoding 2 threads": ("bare", "threads", 2),
+    "direct 2 processes": ("direct", "processes", 2),
     "bare decoding 2 processes": ("bare", "processes", 2),
 }
-START_SECONDS = 1.0  # in which every worker gets ready
+WIDE = 8192  # px of level 0 that a worker reads in a row
+START_SECONDS = 0.3  # in which every worker gets ready
+RNG = np.random.default_rng()
 Work = Callable[[list[Corner]], float]
 
 
@@ -90,11 +93,20 @@ def decode(path: Path, size: int, begin: float, corners: list[Corner]) -> float:
     return time.perf_counter() - start
 
 
-def area(rng: np.random.Generator, side: int, size: int, offset: int, n: int) -> list[Corner]:
-    """Return `n` neighbouring tiles, sixteen in a row, somewhere inside the ellipse of tissue."""
-    low, high = int(0.25 * side), int(0.7 * side) - n // 16 * size
-    x, y = (int(v) // FILE_TILE * FILE_TILE + offset for v in rng.integers(low, high, 2))
-    return [(x + k % 16 * size, y + k // 16 * size) for k in range(n)]
+def areas(side: int, size: int, offset: int, n: int, workers: int) -> list[list[Corner]]:
+    """Return `n` neighbouring tiles for each worker, in rows of `WIDE` px, beside each other.
+
+    They lie somewhere inside the ellipse of tissue.
+    """
+    low, row = int(0.25 * side), WIDE // size
+    x, y = (
+        int(RNG.integers(low, int(0.7 * side) - extent)) // FILE_TILE * FILE_TILE + offset
+        for extent in (workers * WIDE, n // row * size)
+    )
+    return [
+        [(x + worker * WIDE + k % row * size, y + k // row * size) for k in range(n)]
+        for worker in range(workers)
+    ]
 
 
 def rate(pool: Executor, work: Work, parts: list[list[Corner]]) -> float:
@@ -102,9 +114,8 @@ def rate(pool: Executor, work: Work, parts: list[list[Corner]]) -> float:
     return sum(map(len, parts)) / max(pool.map(work, parts))
 
 
-def measure(path: Path, side: int, tiles: int, runs: int) -> dict[str, dict[str, float]]:
-    """Return the median tiles a second of every case and variant."""
-    rng = np.random.default_rng()
+def measure(path: Path, side: int, tiles: int, runs: int) -> dict[str, dict[str, list[float]]]:
+    """Return the tiles a second of every case, variant and run."""
     rates: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     pools = {
         (kind, n): pool
@@ -118,7 +129,8 @@ def measure(path: Path, side: int, tiles: int, runs: int) -> dict[str, dict[str,
         for case, (size, offset) in CASES.items():
             for name, (reader, kind, workers) in READERS.items():
                 n = tiles // (4 if size > FILE_TILE else 1) // (4 if "slide" in reader else 1)
-                parts = [area(rng, side, size, offset, n) for _ in range(workers)]
+                if reader != "bare":  # which decodes what the direct reader has just read
+                    parts = areas(side, size, offset, n, workers)
                 with ExitStack() as opened:
                     slide: Slide | Path = path
                     if kind == "threads" and reader != "bare":  # which share one slide
@@ -132,7 +144,14 @@ def measure(path: Path, side: int, tiles: int, runs: int) -> dict[str, dict[str,
                     rates[case][name].append(seen)
     for pool in pools.values():
         pool.shutdown()
-    return {c: {n: statistics.median(v) for n, v in r.items()} for c, r in rates.items()}
+    return rates
+
+
+def over_bare(rates: dict[str, list[float]], who: str) -> dict[str, float]:
+    """Return the quartiles over runs of direct reading over bare decoding of the same bytes."""
+    pairs = zip(rates[f"direct {who}"], rates[f"bare decoding {who}"], strict=True)
+    low, middle, high = statistics.quantiles([direct / bare for direct, bare in pairs], n=4)
+    return {"median": round(middle, 2), "from": round(low, 2), "to": round(high, 2)}
 
 
 def main() -> None:
@@ -140,28 +159,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texture", type=Path, help="a stained slide; else the demo's")
     parser.add_argument("--side", type=int, default=40000)
-    parser.add_argument("--tiles", type=int, default=768, help="per worker and variant")
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--tiles", type=int, default=2048, help="per worker and variant")
+    parser.add_argument("--runs", type=int, default=9)
     given = parser.parse_args()
     with closing(open_slide(given.texture or fetch("demo-slide"))) as slide:
         texture = slide.read((0, 0), 0, (slide.info.width, slide.info.height))
     with tempfile.TemporaryDirectory() as folder:
         path = big_slide(Path(folder) / "big.svs", texture, (given.side, given.side))
         seen = measure(path, given.side, given.tiles, given.runs)
+    middle = {c: {n: statistics.median(v) for n, v in r.items()} for c, r in seen.items()}
     line = {
         "benchmark": "reading",
         "openslide_tiles_per_second": {
-            case: round(rates["openslide 1 thread"], 1) for case, rates in seen.items()
+            case: round(rates["openslide 1 thread"], 1) for case, rates in middle.items()
         },
         "over_openslide_1_thread": {
             case: {name: round(r / rates["openslide 1 thread"], 2) for name, r in rates.items()}
-            for case, rates in seen.items()
+            for case, rates in middle.items()
         },
         "direct_over_bare_decoding": {
-            case: {
-                f"2 {kind}": round(rates[f"direct 2 {kind}"] / rates[f"bare decoding 2 {kind}"], 2)
-                for kind in ("threads", "processes")
-            }
+            case: {who: over_bare(rates, who) for who in ("1 thread", "2 threads", "2 processes")}
             for case, rates in seen.items()
         },
         "runs": given.runs,
