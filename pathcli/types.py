@@ -331,7 +331,8 @@ class Encoder(Protocol):
     """Images in, vectors out. Cheap to build: weights are read by `load`.
 
     `id` names weights, preprocessing, pooling and precision; `input_px` is the side the network
-    sees; `native` is the TileSpec it was trained for, as `native_source` says.
+    sees; `native` is the TileSpec it was trained for, as `native_source` says. One that has
+    `reentrant = True` is given batches by several threads at once where that is faster.
     """
 
     name: str

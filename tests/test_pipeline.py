@@ -208,7 +208,7 @@ def test_a_short_batch_of_a_compiled_encoder_is_halved_from_its_full_size(
     ready = Embedder(encoder, store, device="cpu", batch=32, compiled=True)
     ready.load()
     pixels = torch.full((1, 4, 4, 3), 7, dtype=torch.uint8)
-    assert ready._encode(pixels).tolist() == [[7, 7, 7]]
+    assert ready._passes(pixels).tolist() == [[7, 7, 7]]
     assert encoder.sizes == [32, 16, 8, 4]  # a compiled pass is filled up, however few tiles
 
 

@@ -56,6 +56,7 @@ class OpenClipEncoder:
     says it is. An `ImageTextEncoder`.
     """
 
+    reentrant = True
     native_source = "the architecture's input size, at 0.5 um per pixel"
     quick_gelu = False
 

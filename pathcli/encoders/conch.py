@@ -51,6 +51,7 @@ class Conch:
     a file of its repository: neither is ours to ship.
     """
 
+    reentrant = True
     native_source = "CONCH's 448 px input; 0.5 um per pixel (20x), as most pathology encoders use"
     sizes = Sizes()
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pathcli.device import pick_device
-from pathcli.encoders.reading import Prepared, Reader, SlideRows, drop, out_of_memory
+from pathcli.encoders.passes import Passes
+from pathcli.encoders.reading import Prepared, Reader, SlideRows, drop
 from pathcli.encoders.writing import Writing
-from pathcli.errors import BusyError, DataError, PathcliError, ResourceError
+from pathcli.errors import BusyError, DataError, PathcliError
 from pathcli.slides.readers import open_slide, slide_mpp
 from pathcli.slides.roi import Roi, read_roi
 from pathcli.slides.tiling import TileRun, refuse_if_bad, summary, tile_slide
@@ -28,8 +29,6 @@ from pathcli.types import Encoder, Key, silent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-
-    import torch
 
     from pathcli.encoders.reading import Rows
     from pathcli.store.entries import Writer
@@ -90,7 +89,6 @@ class Embedder:
         self.max_bad_tiles, self.compiled = max_bad_tiles, compiled
         self._loaded, self._encode_seconds = False, 0.0
         self._fault: PathcliError | None = None
-        self._fits = batch  # tiles per forward pass that the device has memory for
         self._expected: deque[Job] = deque()
         self._next: tuple[Job, Future[Prepared]] | None = None
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="next slide")
@@ -234,10 +232,7 @@ class Embedder:
             try:
                 self.device = pick_device(self.device)
                 self.encoder.load(self.device)
-                if self.compiled:
-                    import torch  # noqa: PLC0415
-
-                    self._translated = torch.compile(self.encoder.encode, dynamic=False)
+                self._passes = Passes(self.encoder, self.device, self.batch, self.compiled)
             except PathcliError as error:
                 self._fault = error
                 raise
@@ -289,8 +284,8 @@ class Embedder:
         if reader.first < n:
             writer.begin(reader.first)
         bad, asked = writer.resumed_bad, time.time()
-        with Writing(writer) as writing:
-            for batch in reader:
+        with Writing(writer) as writing, closing(self._passes.over(reader)) as encoded:
+            for batch, features in encoded:
                 if abs(time.time() - asked) >= HEARTBEAT_S:  # this machine may have slept
                     _require(held, rows)
                     asked = time.time()
@@ -300,60 +295,9 @@ class Embedder:
                 except DataError:  # rows of a bad file are not to be resumed
                     writer.discard()
                     raise
-                writing.put(self._encode(batch.pixels), batch)
+                writing.put(features, batch)
                 progress(batch.start + len(batch.status), n)
         self._encode_seconds = time.perf_counter() - start
-
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return float32 [b, *row_shape], in as many passes as the memory asks for.
-
-        Raises:
-            ResourceError: not even one tile fits.
-        """
-        import torch  # noqa: PLC0415
-
-        tried = self._fits
-        while True:
-            try:
-                parts = [self._pass(part) for part in torch.split(pixels, self._fits)]
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                tiles = self._fits if self.compiled else min(self._fits, len(pixels))
-                fits = tiles // 2  # a compiled pass always had them all
-                if not fits:
-                    msg = f"{self.device} is out of memory with a single tile; use another --device"
-                    raise ResourceError(msg) from error
-            self._fits = fits  # here the failed pass is gone with its error
-            if self.device.startswith("cuda"):
-                torch.cuda.empty_cache()
-        if tried == self.batch > self._fits:
-            log.warning(
-                "%s is out of memory at --batch %d: going on with %d",
-                self.device,
-                self.batch,
-                self._fits,
-            )
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def _pass(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the encoder's features of a part of a batch; the device may still be at work."""
-        images = pixels.to(self.device, non_blocking=pixels.is_pinned())
-        if not self.compiled:
-            return self.encoder.encode(images)
-        import torch  # noqa: PLC0415
-        from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415
-
-        # always of one size: each other one would be compiled anew
-        missing = self._fits - len(images)
-        images = torch.nn.functional.pad(images, (0, 0) * 3 + (0, missing))
-        try:
-            return self._translated(images)[: len(pixels)]
-        except TorchDynamoException as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-            msg = f"{self.encoder.name} cannot be compiled here ({line}); leave --compile out"
-            raise ResourceError(msg) from error
 
 
 def _require(held: Callable[[], bool], rows: Rows) -> None:

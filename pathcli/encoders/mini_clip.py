@@ -155,6 +155,7 @@ class MiniClip:
 
     input_px = 224
     native = tile_spec()
+    reentrant = True
     native_source = "LC25000's lung patches, shown at 224 px; their resolution is not published"
     text_limit = LIMIT
     name = "mini-clip"

@@ -42,6 +42,7 @@ class _Backbone:
 class TimmEncoder:
     """Any network of timm by its name, with its published weights or a local checkpoint."""
 
+    reentrant = True
     native_source = "timm's input size, at the 0.5 um per pixel most pathology encoders use"
     options: ClassVar[dict[str, Any]] = {}
 
