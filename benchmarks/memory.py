@@ -37,6 +37,7 @@ class Mean:
 
     name, id, input_px, row_shape = "mean", "mean-000000000000", TILE, (512,)
     native_source = "the benchmark"
+    reentrant = True
 
     def load(self, device: str) -> None:
         """Nothing is to be loaded."""
