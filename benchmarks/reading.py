@@ -7,7 +7,7 @@ Every reading opens the slide anew and has an area of its own, so that none answ
 another's cache; variants alternate, medians count, of ratios those within a run. Prints one
 JSON line.
 
-    python benchmarks/reading.py [--texture SLIDE] [--side 40000] [--tiles 768] [--runs 7]
+    python benchmarks/reading.py [--texture SLIDE] [--side 40000] [--tiles 2048] [--runs 9]
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--texture", type=Path, help="a stained slide; else the demo's")
     parser.add_argument("--side", type=int, default=40000)
     parser.add_argument("--tiles", type=int, default=2048, help="per worker and variant")
-    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--runs", type=int, default=9, help="at least 2")
     given = parser.parse_args()
     with closing(open_slide(given.texture or fetch("demo-slide"))) as slide:
         texture = slide.read((0, 0), 0, (slide.info.width, slide.info.height))

@@ -251,7 +251,7 @@ _SPEED_OR_WORDS = {
     pens: {"PENS", "_STRIPE_PX"},
     roi: {"SUFFIXES", "_OUTSIDE"},
 }
-PINNED = {"otsu 2, hsv 1, clam 1, auto 2, none 1, flags 1, grid 1": "ecc5b188f137"}
+PINNED = {"otsu 2, hsv 1, clam 1, auto 1, none 1, flags 1, grid 1": "ecc5b188f137"}
 
 
 def constants(module: ModuleType, without: set[str]) -> list[str]:

@@ -1,8 +1,10 @@
 """Batches through an encoder: two at once on a CPU, in order, and smaller where memory is short."""
 
+import gc
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,6 +89,32 @@ def test_two_batches_go_through_at_once_on_half_of_the_cores_each(cores: int) ->
     later.start()
     later.join()
     assert seen == [cores]
+
+
+@pytest.mark.usefixtures("cores")
+def test_lanes_end_with_the_encoder_they_served() -> None:
+    def lanes() -> int:
+        return sum(thread.name.startswith("encoder") for thread in threading.enumerate())
+
+    before = lanes()
+    ready = passes(encoder := Reentrant())
+    assert len(list(ready.over(batches(4)))) == 4
+    gone = weakref.ref(encoder)
+    del ready, encoder
+    for _ in range(WAIT_S * 100):
+        gc.collect()
+        if gone() is None and lanes() == before:
+            break
+        time.sleep(0.01)
+    assert gone() is None
+    assert lanes() == before
+
+
+@pytest.mark.usefixtures("cores")
+def test_cores_may_be_fewer_than_when_it_was_made() -> None:
+    ready = passes(Reentrant())
+    torch.set_num_threads(1)
+    assert len(list(ready.over(batches(4)))) == 4
 
 
 @pytest.mark.usefixtures("cores")

@@ -9,12 +9,14 @@ import synthetic
 from conftest import open_slide
 from PIL import Image
 
+from pathcli.errors import DataError
 from pathcli.slides.pens import pen_mask, pens
 from pathcli.slides.stains import stain_named, stain_warnings
 from pathcli.slides.tiling import tile, tile_spec
-from pathcli.slides.tissue import find_tissue, mask_um, method
+from pathcli.slides.tissue import find_tissue, mask_um, method, recorded
 from pathcli.slides.tissue_methods import _islands
 from pathcli.store import Store
+from pathcli.types import TileSpec
 
 UM = 8.0
 BOX = (slice(60, 240), slice(60, 340))
@@ -59,12 +61,8 @@ def truth() -> np.ndarray:
 @pytest.mark.parametrize(
     ("name", "mm2", "um"),
     [
-        *[
-            (name, mm2, um)
-            for name in ("otsu", "auto")
-            for mm2, um in ((31, 4), (33, 8), (129, 16))
-        ],
-        ("otsu", 5000, 16),
+        *(("otsu", mm2, um) for mm2, um in ((31, 4), (33, 8), (129, 16), (5000, 16))),
+        ("auto", 1, 16),
         ("hsv", 5000, 8),
         ("none", 5000, 16),
     ],
@@ -73,6 +71,18 @@ def test_a_mask_gets_coarser_on_large_scans_down_to_its_limit(
     name: str, mm2: float, um: float
 ) -> None:
     assert mask_um(method(name), mm2 * 1e6) == um
+
+
+def test_tiles_cut_by_an_older_version_are_cut_as_they_were(tmp_path: Path) -> None:
+    old = tile_spec(tissue="otsu").to_json() | {"tissue_version": 1}
+    del old["tissue_params"]["coarsest_mpp"]
+    assert mask_um(recorded(TileSpec.from_json(old)), 5e9) == 4.0
+    assert mask_um(method("otsu", mask_mpp=0), 5e9) == 0  # and no loop without end
+    Image.fromarray(scan()).save(tmp_path / "a.png")
+    found = find_tissue(open_slide(tmp_path / "a.png"), TileSpec.from_json(old), UM)
+    assert overlap(found.mask, truth()) > 0.98
+    with pytest.raises(DataError, match="otsu is version 2, not 7"):
+        recorded(TileSpec.from_json(old | {"tissue_version": 7}))
 
 
 def test_a_mask_kept_fine_covers_what_the_coarse_one_does(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -60,38 +61,20 @@ class Passes:
             for batch in batches:
                 begun.append((batch, self._pool.submit(self, batch.pixels)))
                 if len(begun) > self.lanes:
-                    first, features = begun.popleft()
-                    yield first, features.result()
+                    features = begun[0][1].result()
+                    yield begun.popleft()[0], features
             while begun:
-                first, features = begun.popleft()
-                yield first, features.result()
+                features = begun[0][1].result()
+                yield begun.popleft()[0], features
         finally:
-            for _, features in begun:
-                features.cancel()
-            wait([features for _, features in begun])
+            left = [future for _, future in begun]
+            for future in left:
+                future.cancel()
+            wait(left)
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        """Threads with their share of the cores each; the caller's own number stays."""
-        import torch  # noqa: PLC0415
-
-        cores, ready = torch.get_num_threads(), threading.Barrier(self.lanes + 1)
-
-        def begin() -> None:
-            torch.set_num_threads(cores // self.lanes)
-            torch.get_num_threads()  # from here on it is this thread's own number
-            ready.wait()
-
-        pool = ThreadPoolExecutor(self.lanes, thread_name_prefix="encoder", initializer=begin)
-        try:
-            for _ in range(self.lanes):
-                pool.submit(int)
-            ready.wait()
-        except BaseException:
-            ready.abort()
-            raise
-        torch.set_num_threads(cores)  # what any thread begins with that comes later
-        return pool
+        return _pool(self.lanes)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return features of uint8 [b, s, s, 3], in as many passes as the memory asks for.
@@ -152,3 +135,29 @@ class Passes:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             msg = f"{self.encoder.name} cannot be compiled here ({line}); leave --compile out"
             raise ResourceError(msg) from error
+
+
+def _pool(lanes: int) -> ThreadPoolExecutor:
+    """Return threads with their share of the cores each; the caller's own number stays.
+
+    They end with the pool: nothing that they run keeps it.
+    """
+    import torch  # noqa: PLC0415
+
+    cores, ready = torch.get_num_threads(), threading.Barrier(lanes + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(max(1, cores // lanes))
+        torch.get_num_threads()  # from here on it is this thread's own number
+        with suppress(threading.BrokenBarrierError):
+            ready.wait()
+
+    pool = ThreadPoolExecutor(lanes, thread_name_prefix="encoder", initializer=begin)
+    try:
+        for _ in range(lanes):
+            pool.submit(int)
+        ready.wait()
+    finally:
+        ready.abort()  # nobody waits for one that was interrupted
+        torch.set_num_threads(cores)  # what any thread begins with that comes later
+    return pool

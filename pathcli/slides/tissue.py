@@ -140,8 +140,8 @@ class Otsu:
     are not tissue. The limits keep a slide full of tissue, or without any, from being split
     at its noise. `blur_um` is the standard deviation of a Gaussian, taken before the colours
     are compared, so that a pyramid made without averaging gives the same mask. A mask cell
-    is `mask_mpp` wide; on scans of more than 32 or 128 mm2 (`_MASK_PX`) twice or four times
-    that, `coarsest_mpp` at most.
+    is `mask_mpp` wide, doubled while there are more than two million (`_MASK_PX`) and up to
+    `coarsest_mpp`: 8 um on scans of more than 32 mm2, 16 um on those of more than 128.
     """
 
     version: ClassVar[int] = 2
@@ -219,9 +219,26 @@ def parameters_of(built: TissueMethod) -> dict[str, float]:
 def mask_um(built: TissueMethod, area_um2: float) -> float:
     """Return the width of a mask cell over a scan of `area_um2`, in micrometres."""
     um = built.mask_mpp
-    while area_um2 > _MASK_PX * um**2 and 2 * um <= getattr(built, "coarsest_mpp", um):
+    while 0 < _MASK_PX * um**2 < area_um2 and 2 * um <= getattr(built, "coarsest_mpp", um):
         um *= 2
     return um
+
+
+def recorded(spec: TileSpec) -> TissueMethod:
+    """Return the tissue method that a specification records.
+
+    Raises:
+        DataError: it is of a version that is not known here.
+    """
+    parameters, version = dict(spec.tissue_params), spec.tissue_version
+    if (spec.tissue, version) == ("otsu", 1):  # whose cells had one width on all scans
+        parameters["coarsest_mpp"] = parameters.get("mask_mpp", Otsu.mask_mpp)
+        version = Otsu.version
+    built = method(spec.tissue, **parameters)
+    if built.version != version:
+        msg = f"tissue method {spec.tissue} is version {built.version}, not {version}"
+        raise DataError(msg)
+    return built
 
 
 def find_tissue(slide: Slide, spec: TileSpec, mpp: float) -> Tissue:
@@ -230,10 +247,7 @@ def find_tissue(slide: Slide, spec: TileSpec, mpp: float) -> Tissue:
     Raises:
         DataError: more than a quarter cannot be decoded, or the mask is of another version.
     """
-    built = method(spec.tissue, **spec.tissue_params)
-    if built.version != spec.tissue_version:
-        msg = f"tissue method {spec.tissue} is version {built.version}, not {spec.tissue_version}"
-        raise DataError(msg)
+    built = recorded(spec)
     cell_um = mask_um(built, slide.info.width * slide.info.height * mpp**2)
     thumbnail, lost = overview(slide, max(1.0, cell_um / mpp))
     if lost > _MOST_LOST:

@@ -128,7 +128,8 @@ class Auto(Otsu):
     counts. What served is said, in warnings.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 1
+    mask_mpp: float = 16.0
 
     def masked(self, scan: ByteArray, um_per_px: float) -> Masked:
         """Return the mask and what was tried; see `AdaptiveMethod.masked`."""
