@@ -134,11 +134,10 @@ def test_an_encoder_that_does_not_say_so_is_called_by_one_thread() -> None:
     assert encoder.most == 1
 
 
+@pytest.mark.usefixtures("cores")  # which sets the number back
 def test_a_single_core_has_a_single_lane() -> None:
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
     assert passes(Reentrant()).lanes == 1
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("cores")

@@ -39,7 +39,7 @@ class Passes:
         import torch  # noqa: PLC0415
 
         self.encoder, self.device, self.batch, self.compiled = encoder, device, batch, compiled
-        self._fits = self._told = batch  # tiles per pass that the device has memory for
+        self._fits, self._told = batch, False  # tiles per pass that the device has memory for
         self._lock = threading.Lock()
         if compiled:
             self._translated = torch.compile(encoder.encode, dynamic=False)
@@ -74,7 +74,7 @@ class Passes:
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        return _pool(self.lanes)
+        return _threads(self.lanes)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return features of uint8 [b, s, s, 3], in as many passes as the memory asks for.
@@ -112,8 +112,9 @@ class Passes:
     def _tell(self) -> None:
         """Say, once, that passes are smaller than they were to be."""
         with self._lock:
-            said, self._told = self._told != self.batch, self._fits
-        if self._fits < self.batch and not said:
+            new = self._fits < self.batch and not self._told
+            self._told |= new
+        if new:
             log.warning(
                 "%s is out of memory at --batch %d: going on with %d",
                 *(self.device, self.batch, self._fits),
@@ -137,7 +138,7 @@ class Passes:
             raise ResourceError(msg) from error
 
 
-def _pool(lanes: int) -> ThreadPoolExecutor:
+def _threads(lanes: int) -> ThreadPoolExecutor:
     """Return threads with their share of the cores each; the caller's own number stays.
 
     They end with the pool: nothing that they run keeps it.
